@@ -1,0 +1,247 @@
+"""The summary of a run: one object of numbers, from its recording alone.
+
+``summary.json`` and every ``--json`` output are this object. What cannot be known is None, never
+NaN. Counting rules are with the functions that apply them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from testbed.analysis.energy import energy_j, held_s, read_rows, throttle_s
+from testbed.analysis.latency import (
+    Requests,
+    itl_counts,
+    itl_percentiles,
+    percentiles,
+    read_requests,
+)
+from testbed.analysis.series import edges, grid
+from testbed.recorder.reader import Recording
+from testbed.recorder.writer import write_summary
+
+LATE_FRAC = 0.5
+"""A live run is invalid when its p99 lateness is above this share of the sampling period (unless
+its manifest names a ``late_limit_s``): then samples and decisions no longer are when they claim."""
+MISSED_FRAC = 0.01
+"""... or when more than this share of its events missed their period."""
+
+
+def summarise(recording: Recording) -> dict[str, Any]:
+    """The summary object of a run."""
+    requests = read_requests(recording)
+    duration_s = run_duration_s(recording)
+    because = invalid_because(recording)
+    gpus = recording.columns("gpus", "t_s", "gpu", "energy_j", "throttle")
+    energy = energy_j(gpus["gpu"], gpus["energy_j"])
+    total_j = sum(energy.values()) if energy else None
+    slowed_s, by_reason = throttle_s(gpus["t_s"], gpus["gpu"], gpus["throttle"])
+    tokens = _tokens(requests)
+    attained = int(requests.attained.sum())
+    return {
+        "run_id": recording.run_id,
+        "name": recording.manifest["name"],
+        "mode": recording.manifest["mode"],
+        "seed": recording.manifest["seed"],
+        "duration_s": duration_s,
+        "wall_s": recording.manifest["wall_s"],
+        "requests": _requests(requests),
+        "classes": _classes(requests),
+        "ttft_s": percentiles(requests.ttft_s),
+        "itl_s": itl_percentiles(itl_counts(recording).sum(axis=0)),
+        "e2e_s": percentiles(requests.e2e_s),
+        "goodput_rps": attained / duration_s if duration_s else None,
+        "tokens": tokens,
+        "energy_j": total_j,
+        "energy_per_output_token_j": (
+            total_j / tokens["output"] if total_j is not None and tokens["output"] else None
+        ),
+        **_power(recording, duration_s),
+        "throttle_s": slowed_s,
+        "throttle_by_reason_s": by_reason,
+        "memory": _memory(recording, duration_s),
+        "commands": _commands(recording, duration_s),
+        "lateness_s": _lateness(recording),
+        "valid": not because,
+        "invalid_because": because,
+    }
+
+
+def write(recording: Recording) -> dict[str, Any]:
+    """Make the summary and keep it as summary.json."""
+    summary = summarise(recording)
+    write_summary(recording.folder, summary)
+    return summary
+
+
+def run_duration_s(recording: Recording) -> float:
+    """How long the run was on its own clock; to its last sample where it was cut off."""
+    said = recording.manifest.get("duration_s")
+    if said is not None:
+        return float(said)
+    ends = [recording.table(name, ["t_s"])["t_s"].to_numpy() for name in ("gpus", "rows")]
+    return max((float(t_s.max()) for t_s in ends if len(t_s)), default=0.0)
+
+
+def _requests(requests: Requests) -> dict[str, Any]:
+    counts = {
+        status: int((requests.status == status).sum())
+        for status in ("completed", "rejected", "lost", "in_flight")
+    }
+    return {
+        "arrived": len(requests.status),
+        **counts,
+        "slo_attained_frac": requests.attained_frac(),
+    }
+
+
+def _classes(requests: Requests) -> dict[str, Any]:
+    found = {}
+    for name in sorted(set(requests.slo_class)):
+        inside = requests.slo_class == name
+        found[str(name)] = {
+            "arrived": int(inside.sum()),
+            "completed": int((inside & requests.completed).sum()),
+            "slo_attained_frac": requests.attained_frac(inside),
+            "ttft_limit_s": float(requests.ttft_limit_s[inside][0]),
+            "tpot_limit_s": float(requests.tpot_limit_s[inside][0]),
+            "ttft_s": percentiles(requests.ttft_s[inside]),
+            "tpot_s": percentiles(requests.tpot_s[inside]),
+        }
+    return found
+
+
+def _tokens(requests: Requests) -> dict[str, int]:
+    """Tokens of completed requests: text in, images in, out."""
+    done = requests.completed
+    return {
+        "input": int(requests.prompt_tokens[done].sum()),
+        "image": int(requests.image_tokens[done].sum()),
+        "output": int(requests.output_tokens[done].sum()),
+    }
+
+
+def _power(recording: Recording, duration_s: float) -> dict[str, Any]:
+    """Draw of the cluster, and breaches of row budgets, both by the 1-second mean."""
+    rows = read_rows(recording)
+    total_w = rows.total_w
+    power: dict[str, float | None] = dict.fromkeys(("mean", "p99", "max"))
+    if len(total_w):
+        held = held_s(rows.t_s, np.zeros(len(rows.t_s), np.int64))
+        mean_w = np.average(total_w, weights=held) if held.any() else total_w.mean()
+        power = {
+            "mean": float(mean_w),
+            "p99": float(np.quantile(total_w, 0.99)),
+            "max": float(total_w.max()),
+        }
+    breaches = rows.breaches(duration_s)
+    return {
+        "power_w": power,
+        "breaches": {
+            "count": len(breaches),
+            "s": float(sum(breach.s for breach in breaches)),
+            "longest_s": max((breach.s for breach in breaches), default=0.0),
+            "max_over_w": max((breach.max_over_w for breach in breaches), default=0.0),
+        },
+    }
+
+
+def _memory(recording: Recording, duration_s: float) -> dict[str, Any]:
+    """Host memory of the tenants; sums are over all tenants at one time."""
+    index = recording.columns("tenant_index")
+    table = recording.columns("tenants")
+    count = len(index["name"])
+    if not count or not len(table["t_s"]):
+        return {"tenants": count}
+    key = table["tenant_index"]
+    bins = edges(duration_s, int(np.clip(duration_s, 1, 5000)))
+
+    def together(column: str) -> Any:
+        return np.nansum(grid(table["t_s"], key, table[column], count, bins, "last"), axis=1)
+
+    def increments(column: str) -> int:
+        return int(sum(energy_j(key, table[column].astype(np.float64)).values()))
+
+    return {
+        "tenants": count,
+        "sold_bytes": int(index["memory_bytes"].sum()),
+        "guaranteed_bytes": int(index["guaranteed_bytes"].sum()),
+        "limit_min_bytes": int(together("limit_bytes").min()),
+        "current_max_bytes": int(together("current_bytes").max()),
+        "working_set_max_bytes": int(together("working_set_bytes").max()),
+        "swap_max_bytes": int(together("swap_bytes").max()),
+        "major_faults": increments("major_faults_total"),
+        "refaults": increments("refaults_total"),
+        "pressure_some_p99_frac": float(np.quantile(table["pressure_some_frac"], 0.99)),
+        "slowdown_mean_frac": float(table["slowdown_frac"].mean()),
+        "frozen_s": float(held_s(table["t_s"], key)[table["frozen"]].sum()),
+    }
+
+
+def _commands(recording: Recording, duration_s: float) -> dict[str, Any]:
+    """Commands by outcome, one for each device that a limit was set on."""
+    table = recording.columns("commands", "kind", "target_index", "outcome")
+    outcome = table["outcome"]
+    counts: dict[str, Any] = {
+        name: int((outcome == name).sum())
+        for name in ("sent", "refused", "expired", "overruled", "unchanged")
+    }
+    minutes = duration_s / 60
+    target = [
+        f"{kind} {index}"
+        for kind, index, what in zip(table["kind"], table["target_index"], outcome, strict=True)
+        if what == "sent"
+    ]
+    busiest = int(np.unique(target, return_counts=True)[1].max()) if target else 0
+    counts["per_min"] = counts["sent"] / minutes if minutes else None
+    counts["per_target_per_min_max"] = busiest / minutes if minutes else None
+    return counts
+
+
+def _lateness(recording: Recording) -> dict[str, Any]:
+    """Of the least punctual loop; None in virtual time, which is never late."""
+    last = last_lateness(recording)
+    if not last:
+        return {"p50": None, "p99": None, "max": None, "missed": 0}
+    return {
+        "p50": max(row["late_p50_s"] for row in last),
+        "p99": max(row["late_p99_s"] for row in last),
+        "max": max(row["late_max_s"] for row in last),
+        "missed": sum(row["missed"] for row in last),
+    }
+
+
+def last_lateness(recording: Recording) -> list[dict[str, Any]]:
+    """The last account of each loop."""
+    rows = recording.table("lateness").to_pylist()
+    return list({row["source"]: row for row in rows}.values())
+
+
+def late_limit_s(recording: Recording) -> float:
+    """Lateness (p99) above which a live run does not count."""
+    said = recording.manifest["meta"].get("late_limit_s")
+    period_s = recording.manifest["spec"]["control"]["sample_period_s"]
+    return float(said) if said is not None else LATE_FRAC * float(period_s)
+
+
+def invalid_because(recording: Recording) -> list[str]:
+    """Why the run does not count; empty if it does."""
+    because = []
+    status = recording.manifest["exit_status"]
+    if status == "running":
+        status = "still running" if recording.state == "running" else "killed"
+    if status != "ok":
+        error = recording.manifest.get("error")
+        because.append(f"the run is {status}" + (f": {error}" if error else ""))
+    limit_s = late_limit_s(recording)
+    for row in last_lateness(recording):
+        if row["late_p99_s"] > limit_s:
+            because.append(
+                f"{row['source']} was late: p99 {row['late_p99_s'] * 1e3:.1f} ms, "
+                f"limit {limit_s * 1e3:.1f} ms"
+            )
+        if row["missed"] > MISSED_FRAC * row["events"]:
+            because.append(f"{row['source']} missed {row['missed']} of {row['events']} events")
+    return because

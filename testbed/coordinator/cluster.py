@@ -1,0 +1,198 @@
+"""The cluster as the run file lays it out: which GPU hangs where and serves what.
+
+Built once from the spec, before any node is heard from; nodes then fill the columns in.
+
+>>> from testbed.core.spec import parse_spec
+>>> layout = Layout(parse_spec("cluster.nodes_per_row = 2\\ncluster.gpus_per_node = 2\\n"
+...                            "[[pool]]\\ngpus_per_node = 2\\ntp = 2"))
+>>> [node.name for node in layout.nodes], layout.view.gpus.instance.tolist()
+(['row0/rack0/node000', 'row0/rack0/node001'], [0, 0, 1, 1])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
+
+import numpy as np
+
+from testbed.core.errors import SpecError
+from testbed.core.messages import GpuInfo, InstanceConfig, NodeConfig, TenantInfo
+from testbed.core.names import gpu_name, instance_name, row_of
+from testbed.core.spec import RunSpec
+from testbed.core.view import (
+    GpuColumns,
+    InstanceColumns,
+    RowColumns,
+    TenantColumns,
+    View,
+    empty_gpus,
+    empty_instances,
+    empty_tenants,
+)
+
+_Columns = TypeVar("_Columns", GpuColumns, InstanceColumns, TenantColumns, RowColumns)
+
+
+@dataclass(slots=True)
+class Node:
+    """What the coordinator knows of one node."""
+
+    name: str
+    index: int
+    row: int
+    gpus: slice
+    instances: slice
+    tenants: slice
+    configs: list[InstanceConfig]
+    incarnation: int = 0
+    """Of the life that was welcomed last; 0 before the first."""
+    live: bool = False
+    """Its reports arrive."""
+    last_s: float = -np.inf
+    """When it was last heard from, on the coordinator's clock."""
+    lease_sequence: int = 0
+    lease_sent_s: float = -np.inf
+    refused: str = ""
+    drift_total: int = 0
+    infos: list[GpuInfo] = field(default_factory=list)
+    tenant_infos: list[TenantInfo] = field(default_factory=list)
+
+
+class Layout:
+    """Columns for everything in the spec, writable here and read-only in ``view``."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        cluster = spec.cluster
+        self.spec = spec
+        pools = [pool.name for pool in spec.pool]
+        gpu_names: list[str] = []
+        instance_names: list[str] = []
+        tenant_names: list[str] = []
+        gpu_node: list[int] = []
+        gpu_instance: list[int] = []
+        gpu_priority: list[int] = []
+        instance_pool: list[int] = []
+        instance_node: list[int] = []
+        instance_gpus: list[int] = []
+        self.nodes: list[Node] = []
+        for index, name in enumerate(spec.node_names()):
+            first_gpu, first_instance = len(gpu_names), len(instance_names)
+            configs: list[InstanceConfig] = []
+            local = 0
+            for pool_index, pool in enumerate(spec.pool):
+                for number in range(pool.gpus_per_node // pool.tp):
+                    members = list(range(local, local + pool.tp))
+                    local += pool.tp
+                    instance = instance_name(name, pool.name, number)
+                    gpu_instance += [len(instance_names)] * pool.tp
+                    gpu_priority += [pool.priority] * pool.tp
+                    instance_names.append(instance)
+                    instance_pool.append(pool_index)
+                    instance_node.append(index)
+                    instance_gpus.append(pool.tp)
+                    configs.append(
+                        InstanceConfig(
+                            name=instance,
+                            pool=pool.name,
+                            model=pool.model,
+                            tp=pool.tp,
+                            gpus=members,
+                            engine=pool.engine,
+                        )
+                    )
+            spare = cluster.gpus_per_node - local
+            gpu_instance += [-1] * spare
+            gpu_priority += [min(pool.priority for pool in spec.pool)] * spare
+            gpu_names += [gpu_name(name, place) for place in range(cluster.gpus_per_node)]
+            gpu_node += [index] * cluster.gpus_per_node
+            first_tenant = len(tenant_names)
+            tenant_names += [f"{name}/tenant{k}" for k in range(spec.tenants.per_node)]
+            self.nodes.append(
+                Node(
+                    name=name,
+                    index=index,
+                    row=index // cluster.nodes_per_row,
+                    gpus=slice(first_gpu, len(gpu_names)),
+                    instances=slice(first_instance, len(instance_names)),
+                    tenants=slice(first_tenant, len(tenant_names)),
+                    configs=configs,
+                )
+            )
+        self.by_name = {node.name: node for node in self.nodes}
+        self.gpus = empty_gpus(tuple(gpu_names))
+        self.gpus.node[:] = gpu_node
+        self.gpus.row[:] = self.gpus.node // cluster.nodes_per_row
+        self.gpus.instance[:] = gpu_instance
+        self.gpus.priority[:] = gpu_priority
+        self.gpus.lost[:] = True
+        self.instances = empty_instances(tuple(instance_names))
+        self.instances.node[:] = instance_node
+        self.instances.pool[:] = instance_pool
+        self.instances.num_gpus[:] = instance_gpus
+        self.tenants = empty_tenants(tuple(tenant_names))
+        self.tenants.node[:] = [self.by_name[t.rpartition("/")[0]].index for t in tenant_names]
+        row_names = tuple(dict.fromkeys(row_of(node.name) for node in self.nodes))
+        budget_w = cluster.row_budget_w or np.inf
+        self.rows = RowColumns(row_names, np.full(len(row_names), budget_w))
+        self.gpus_per_row = cluster.nodes_per_row * cluster.gpus_per_node
+        by_name = {pool.name: index for index, pool in enumerate(spec.pool)}
+        self.view = View(
+            now_s=0.0,
+            rows=_read_only(self.rows),
+            gpus=_read_only(self.gpus),
+            instances=_read_only(self.instances),
+            tenants=_read_only(self.tenants),
+            pools=tuple(pools),
+            pool_priority=np.array([pool.priority for pool in spec.pool]),
+            pool_of_class={c.name: by_name[c.pool] for c in spec.slo_class},
+        )
+
+    def safe_limit_w(self, infos: list[GpuInfo]) -> list[float]:
+        """The cap that each GPU of a node falls back to when it is cut off.
+
+        An equal share of the row's budget, so that a row whose every node is cut off stays under
+        it; without a budget, the GPU's default.
+
+        Raises:
+            SpecError: a share is below what the GPU can be set to.
+        """
+        budget_w = self.spec.cluster.row_budget_w
+        if not budget_w:
+            return [info.power_limit_default_w for info in infos]
+        share_w = float(budget_w // self.gpus_per_row)
+        for info in infos:
+            if share_w < info.power_limit_min_w:
+                raise SpecError(
+                    f"run spec: cluster.row_budget_w = {budget_w:g} leaves {share_w:g} W for each "
+                    f"of {self.gpus_per_row} GPUs; {info.model} cannot be set below "
+                    f"{info.power_limit_min_w:g} W, so the budget must be at least "
+                    f"{info.power_limit_min_w * self.gpus_per_row:g} W"
+                )
+        return [min(share_w, info.power_limit_max_w) for info in infos]
+
+    def node_config(self, node: Node, infos: list[GpuInfo]) -> NodeConfig:
+        """What a node is told when it joins."""
+        control = self.spec.control
+        return NodeConfig(
+            name=node.name,
+            instances=node.configs,
+            safe_power_limit_w=self.safe_limit_w(infos),
+            sample_period_s=control.sample_period_s,
+            lease_s=control.lease_s,
+            ramp_down_w_per_s=control.ramp_down_w_per_s,
+            ramp_up_w_per_s=control.ramp_up_w_per_s,
+            delay_s=self.spec.transport.delay_s,
+        )
+
+
+def _read_only(columns: _Columns) -> _Columns:
+    """The same memory, which a policy cannot write to by mistake."""
+    shared = {}
+    for column in fields(columns):
+        value = getattr(columns, column.name)
+        if isinstance(value, np.ndarray):
+            value = value.view()
+            value.flags.writeable = False
+        shared[column.name] = value
+    return type(columns)(**shared)

@@ -1,0 +1,697 @@
+"""The coordinator: keeps the view, lets policies decide, and tells the nodes.
+
+It is written as steps that are told the time (`on_arrival`, `on_message`, `control`, `tick`); the
+rig calls them from virtual or live shells. It sends through a hub and writes to a recorder, and
+knows nothing else of the world.
+
+A node's life: it says `Hello`; the coordinator answers `Welcome`, with an epoch, until the node's
+first `Report` shows that its telemetry arrives; then its instances take requests and its caps are
+leased: all limits of the node in one message, renewed three times per lease. A node that falls
+silent counts at its enforced limits; after ``node_timeout_s`` it is lost and its requests are
+routed again, until they have had ``max_attempts``. A node that says `Hello` in a new life has
+forgotten its requests: it is treated as lost, then welcomed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from testbed.coordinator.arbiter import Claims
+from testbed.coordinator.cluster import Layout, Node
+from testbed.core.errors import PolicyError, SpecError
+from testbed.core.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Bye,
+    Envelope,
+    Heartbeat,
+    Hello,
+    Lease,
+    Ping,
+    Pong,
+    Progress,
+    Refused,
+    Report,
+    Request,
+    Stop,
+    Submit,
+    TenantLimits,
+    Welcome,
+)
+from testbed.core.spec import RunSpec
+from testbed.core.transport.base import Hub
+from testbed.core.view import (
+    Command,
+    Controller,
+    DrainInstance,
+    Floats,
+    Ints,
+    LockClocks,
+    Router,
+    SetMemoryLimit,
+    SetPowerLimit,
+    View,
+)
+
+
+class Records(Protocol):
+    """Where the coordinator writes down what happened; `testbed.recorder` has the real one."""
+
+    def append(self, table: str, columns: dict[str, object]) -> None:
+        """Add rows, given as equally long columns, to a table."""
+        ...
+
+    def append_view(self, step: int, view: View) -> None:
+        """Keep what policies saw at a control step."""
+        ...
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A request on its way."""
+
+    request: Request
+    instance: int = -1
+    attempts: int = 0
+    routed_s: float = float("nan")
+    first_token_s: float = float("nan")
+    first_token_seen_s: float = float("nan")
+
+    @property
+    def tokens(self) -> int:
+        """What it counts for in `InstanceColumns.outstanding_tokens`."""
+        request = self.request
+        return request.prompt_tokens + request.image_tokens + request.output_tokens
+
+
+class Coordinator:
+    """See the module's story.
+
+    Args:
+        spec: the run.
+        hub: sends to nodes.
+        records: keeps what happened.
+        controllers: policies in the order of ``spec.policy``.
+        router: picks an instance per request.
+        epoch: grows with every start of a coordinator, so that nodes can tell old from new.
+        start_ns: the run's zero on this machine's monotonic clock (live modes).
+        observed_s: what the clock shows, for what a client would have measured. In virtual time
+            the time of the event itself.
+        monotonic_ns: this machine's clock, for nodes that set theirs by it.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        hub: Hub,
+        records: Records,
+        controllers: list[Controller],
+        router: Router,
+        *,
+        run_id: str,
+        epoch: int = 1,
+        start_ns: int = 0,
+        boot_id: str = "",
+        observed_s: Callable[[float], float] = lambda now_s: now_s,
+        monotonic_ns: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.spec = spec
+        self.layout = Layout(spec)
+        self.view = self.layout.view
+        self._hub = hub
+        self._records = records
+        self._controllers = controllers
+        self._router = router
+        self._run_id = run_id
+        self._epoch = epoch
+        self._start_ns = start_ns
+        self._boot_id = boot_id
+        self._observed_s = observed_s
+        self._monotonic_ns = monotonic_ns
+        self._classes = {slo_class.name: slo_class for slo_class in spec.slo_class}
+        self.in_flight: dict[int, InFlight] = {}
+        self._held: deque[InFlight] = deque()
+        self._draining = np.zeros(len(self.layout.instances.name), dtype=np.bool_)
+        self.arrived_total = 0
+        self.ended_total = 0
+        self.commands_total = 0
+        names = [policy.use for policy in spec.policy]
+        precedence = [policy.precedence for policy in spec.policy]
+        count = len(self.layout.gpus.name)
+        self._power = Claims(names, list(precedence), count)
+        self._clocks = Claims(names, list(precedence), count)
+        self._default_w = np.zeros(count)
+        self._limit_w = np.zeros(count)
+        self._lock_mhz = np.zeros(count)
+        self._next_step_s = [0.0] * len(controllers)
+        self._step = 0
+        self._beat_s = -np.inf
+        self.stopping = False
+
+    # What nodes say.
+
+    def on_message(self, envelope: Envelope, now_s: float) -> None:
+        """Take in a message that is due now."""
+        node = self.layout.by_name.get(envelope.source)
+        body = envelope.body
+        if node is None:
+            if isinstance(body, Hello):
+                known = len(self.layout.nodes)
+                reason = f"{envelope.source!r} is none of the {known} nodes of this run"
+                self._hub.send(envelope.source, Refused(reason), now_s)
+                self._event(now_s, "warning", envelope.source, "refused", reason)
+            return
+        if isinstance(body, Ping):
+            self._hub.send(node.name, Pong(body.sent_ns, self._monotonic_ns()), now_s)
+            return
+        if isinstance(body, Hello):
+            self._on_hello(node, envelope.incarnation, body, now_s)
+            return
+        if envelope.incarnation != node.incarnation:
+            return
+        node.last_s = now_s
+        if isinstance(body, Report):
+            self._on_report(node, body, envelope.t_s, now_s)
+        elif isinstance(body, Progress):
+            self._on_progress(node, body, now_s)
+        elif isinstance(body, Ack):
+            self._on_ack(node, body, now_s)
+        elif isinstance(body, Bye):
+            self._on_bye(node, body, now_s)
+
+    def _on_hello(self, node: Node, incarnation: int, hello: Hello, now_s: float) -> None:
+        reason = ""
+        expected = node.gpus.stop - node.gpus.start
+        if hello.protocol != PROTOCOL_VERSION:
+            reason = f"protocol {hello.protocol}, the coordinator speaks {PROTOCOL_VERSION}"
+        elif len(hello.gpus) != expected:
+            reason = f"{len(hello.gpus)} GPUs, the run file says {expected}"
+        elif len(hello.tenants) != node.tenants.stop - node.tenants.start:
+            expected = node.tenants.stop - node.tenants.start
+            reason = f"{len(hello.tenants)} tenants, the run file says {expected}"
+        elif node.live and incarnation < node.incarnation:
+            reason = f"{node.name} is already here in a later life"
+        else:
+            try:
+                config = self.layout.node_config(node, hello.gpus)
+            except SpecError as error:
+                reason = str(error)
+        if reason:
+            self._hub.send(node.name, Refused(reason), now_s)
+            if node.refused != reason:
+                self._event(now_s, "error", node.name, "refused", reason)
+            node.refused = reason
+            return
+        if node.incarnation and node.incarnation != incarnation:
+            self._lose(node, now_s, "restarted")
+        node.incarnation = incarnation
+        node.last_s = now_s
+        node.infos = hello.gpus
+        node.tenant_infos = hello.tenants
+        gpus = self.layout.gpus
+        for name in ("power_limit_min_w", "power_limit_max_w"):
+            getattr(gpus, name)[node.gpus] = [getattr(info, name) for info in hello.gpus]
+        for name in ("sm_clock_min_mhz", "sm_clock_max_mhz"):
+            getattr(gpus, name)[node.gpus] = [getattr(info, name) for info in hello.gpus]
+        self._default_w[node.gpus] = [info.power_limit_default_w for info in hello.gpus]
+        tenants = self.layout.tenants
+        tenants.guaranteed_bytes[node.tenants] = [t.guaranteed_bytes for t in hello.tenants]
+        tenants.memory_bytes[node.tenants] = [t.memory_bytes for t in hello.tenants]
+        self._hub.send(
+            node.name,
+            Welcome(self._epoch, self._run_id, self._start_ns, self._boot_id, config),
+            now_s,
+        )
+
+    def _on_report(self, node: Node, report: Report, t_s: float, now_s: float) -> None:
+        gpus, place = self.layout.gpus, node.gpus
+        readings = report.gpus
+        gpus.t_s[place] = t_s
+        gpus.power_instant_w[place] = readings.power_instant_w
+        gpus.power_avg_w[place] = readings.power_avg_w
+        gpus.power_limit_w[place] = readings.power_limit_w
+        gpus.power_limit_enforced_w[place] = readings.power_limit_enforced_w
+        gpus.energy_j[place] = readings.energy_j
+        gpus.sm_clock_mhz[place] = readings.sm_clock_mhz
+        gpus.temp_c[place] = readings.temp_c
+        gpus.mem_temp_c[place] = readings.mem_temp_c
+        gpus.gpu_busy_frac[place] = readings.gpu_busy_frac
+        gpus.fb_used_bytes[place] = readings.fb_used_bytes
+        gpus.throttle[place] = readings.throttle
+        gpus.lost[place] = readings.lost
+        instances, where = self.layout.instances, node.instances
+        instances.t_s[where] = t_s
+        instances.num_running[where] = report.instances.num_running
+        instances.num_waiting[where] = report.instances.num_waiting
+        instances.kv_used_frac[where] = report.instances.kv_used_frac
+        instances.prompt_tokens_total[where] = report.instances.prompt_tokens_total
+        instances.output_tokens_total[where] = report.instances.output_tokens_total
+        instances.preemptions_total[where] = report.instances.preemptions_total
+        if node.tenants.stop > node.tenants.start:
+            self._on_tenants(node, report, t_s)
+        self._records.append(
+            "gpus", {"t_s": t_s, "gpu": (place.start, place.stop), "readings": readings}
+        )
+        self._records.append(
+            "instances",
+            {
+                "t_s": t_s,
+                "instance": (where.start, where.stop),
+                "readings": report.instances,
+                "outstanding_tokens": instances.outstanding_tokens[where],
+            },
+        )
+        if report.drift_total > node.drift_total:
+            count = report.drift_total - node.drift_total
+            text = f"a limit was changed by somebody else and set again ({count} times)"
+            self._event(now_s, "warning", node.name, "drift", text)
+        node.drift_total = report.drift_total
+        if not node.live:
+            node.live = True
+            self._event(now_s, "info", node.name, "joined", f"life {node.incarnation}")
+            fresh = self._limit_w[node.gpus] == 0
+            self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
+            self._lease(node, now_s)
+            self._refresh_up(node)
+            self._release_held(now_s)
+        elif bool(np.any(readings.lost)):
+            self._refresh_up(node)
+
+    def _on_tenants(self, node: Node, report: Report, t_s: float) -> None:
+        tenants, who = self.layout.tenants, node.tenants
+        tenants.t_s[who] = t_s
+        for name in report.tenants.__struct_fields__:
+            getattr(tenants, name)[who] = getattr(report.tenants, name)
+        self._records.append(
+            "tenants", {"t_s": t_s, "tenant": (who.start, who.stop), "readings": report.tenants}
+        )
+
+    def _on_progress(self, node: Node, progress: Progress, now_s: float) -> None:
+        seen_s = self._observed_s(now_s)
+        freed = False
+        for request_id, event, t_s, preemptions in zip(
+            progress.request_id, progress.event, progress.t_s, progress.preemptions, strict=True
+        ):
+            entry = self.in_flight.get(request_id)
+            if entry is None or self.layout.instances.node[entry.instance] != node.index:
+                continue  # of an attempt that was given up
+            if event == "first_token":
+                entry.first_token_s, entry.first_token_seen_s = t_s, seen_s
+            elif event == "finished":
+                self._end(entry, "completed", t_s, seen_s, preemptions)
+                freed = True
+            else:
+                self._end(entry, "rejected", t_s, seen_s, preemptions)
+                freed = True
+        if freed and self._held:
+            self._release_held(now_s)
+
+    def _on_ack(self, node: Node, ack: Ack, now_s: float) -> None:
+        if ack.refused and ack.refused != node.refused:
+            self._event(now_s, "error", node.name, "lease refused", ack.refused)
+        node.refused = ack.refused
+
+    def _on_bye(self, node: Node, bye: Bye, now_s: float) -> None:
+        self._records.append(
+            "lateness",
+            {
+                "source": [node.name],
+                "t_s": [now_s],
+                "late_p50_s": [bye.late_p50_s],
+                "late_p99_s": [bye.late_p99_s],
+                "late_max_s": [bye.late_max_s],
+                "events": [bye.events_total],
+                "missed": [bye.missed_total],
+            },
+        )
+        if not self.stopping:
+            self._lose(node, now_s, f"left: {bye.reason}")
+        else:
+            node.live = False
+
+    def _lose(self, node: Node, now_s: float, why: str) -> None:
+        """A node is gone: mark it down, and send its requests elsewhere."""
+        if node.live:
+            self._event(now_s, "error", node.name, "lost", why)
+        node.live = False
+        node.drift_total = 0
+        self.layout.gpus.lost[node.gpus] = True
+        self._refresh_up(node)
+        first, stop = node.instances.start, node.instances.stop
+        orphans = [e for e in self.in_flight.values() if first <= e.instance < stop]
+        for entry in orphans:
+            self._take_back(entry)
+            entry.first_token_s = entry.first_token_seen_s = float("nan")
+            if entry.attempts >= self.spec.control.max_attempts:
+                self._end(entry, "lost", float("nan"), float("nan"), 0)
+            else:
+                self._route(entry, now_s)
+
+    def _refresh_up(self, node: Node) -> None:
+        """Which instances of a node take requests."""
+        for local, config in enumerate(node.configs):
+            index = node.instances.start + local
+            broken = any(self.layout.gpus.lost[node.gpus.start + gpu] for gpu in config.gpus)
+            self.layout.instances.up[index] = (
+                node.live and not broken and not self._draining[index]
+            )
+
+    # What clients ask.
+
+    def on_arrival(self, request: Request, now_s: float) -> None:
+        """A request arrives at the front door."""
+        self.arrived_total += 1
+        entry = InFlight(request)
+        self.in_flight[request.id] = entry
+        self._route(entry, now_s)
+
+    def _route(self, entry: InFlight, now_s: float) -> bool:
+        """Send a request to the router's choice, or hold it; True if it was sent."""
+        self.view.now_s = now_s
+        chosen = self._router.route(entry.request, self.view)
+        if chosen is None or not self._is_up(chosen):
+            if len(self._held) >= self.spec.control.hold_limit:
+                self._end(entry, "rejected", now_s, now_s, 0)
+            else:
+                self._held.append(entry)
+            return False
+        instances = self.layout.instances
+        entry.instance = chosen
+        entry.attempts += 1
+        entry.routed_s = now_s
+        instances.outstanding_requests[chosen] += 1
+        instances.outstanding_tokens[chosen] += entry.tokens
+        node = self.layout.nodes[instances.node[chosen]]
+        self._hub.send(node.name, Submit(chosen - node.instances.start, entry.request), now_s)
+        return True
+
+    def _is_up(self, instance: int) -> bool:
+        up = self.layout.instances.up
+        if not 0 <= instance < len(up):
+            raise PolicyError(
+                f"router {self.spec.router.use!r}: instance {instance} is none of 0..{len(up) - 1}"
+            )
+        return bool(up[instance])
+
+    def _release_held(self, now_s: float) -> None:
+        """Offer held requests to the router again, oldest first."""
+        for _ in range(len(self._held)):
+            if not self._route(self._held.popleft(), now_s):
+                # Put back at the end: restore its place at the front.
+                self._held.rotate(1)
+                break
+
+    def _take_back(self, entry: InFlight) -> None:
+        if entry.instance >= 0:
+            self.layout.instances.outstanding_requests[entry.instance] -= 1
+            self.layout.instances.outstanding_tokens[entry.instance] -= entry.tokens
+        entry.instance = -1
+
+    def _end(
+        self, entry: InFlight, status: str, t_s: float, seen_s: float, preemptions: int
+    ) -> None:
+        request = entry.request
+        self.in_flight.pop(request.id, None)
+        self.ended_total += 1
+        self._record_request(entry, status, t_s, seen_s, preemptions)
+        self._take_back(entry)
+
+    def _record_request(
+        self, entry: InFlight, status: str, t_s: float, seen_s: float, preemptions: int
+    ) -> None:
+        request = entry.request
+        slo_class = self._classes[request.slo_class]
+        self._records.append(
+            "requests",
+            {
+                "request_id": [request.id],
+                "tenant": [request.tenant],
+                "slo_class": [request.slo_class],
+                "pool": [slo_class.pool],
+                "instance": [entry.instance],
+                "arrival_s": [request.arrival_s],
+                "routed_s": [entry.routed_s],
+                "first_token_s": [entry.first_token_s],
+                "first_token_seen_s": [entry.first_token_seen_s],
+                "finished_s": [t_s],
+                "finished_seen_s": [seen_s],
+                "prompt_tokens": [request.prompt_tokens],
+                "image_tokens": [request.image_tokens],
+                "num_images": [request.num_images],
+                "output_tokens": [request.output_tokens],
+                "preemptions": [preemptions],
+                "attempts": [entry.attempts],
+                "status": [status],
+                "ttft_limit_s": [slo_class.ttft_s],
+                "tpot_limit_s": [slo_class.tpot_s],
+            },
+        )
+
+    # What policies decide.
+
+    def control(self, now_s: float) -> None:
+        """Let every policy that is due take its step, then lease what changed."""
+        due = [i for i, t_s in enumerate(self._next_step_s) if now_s >= t_s - 1e-9]
+        if not due:
+            return
+        self.view.now_s = now_s
+        self._step += 1
+        self._records.append_view(self._step, self.view)
+        said: list[tuple[int, Command]] = []
+        for index in due:
+            controller = self._controllers[index]
+            self._next_step_s[index] = now_s + controller.period_s
+            for command in controller.step(self.view):
+                self._hear(index, command, now_s)
+                said.append((index, command))
+        if said:
+            self._settle(said, now_s)
+
+    @property
+    def next_control_s(self) -> float:
+        """When the next policy wants to step."""
+        return min(self._next_step_s, default=float("inf"))
+
+    def _hear(self, policy: int, command: Command, now_s: float) -> None:
+        """Check a command and enter its claims."""
+        gpus = self.layout.gpus
+        if isinstance(command, SetPowerLimit):
+            targets, values = self._checked(policy, command.gpus, command.power_limit_w, gpus.name)
+            self._power.claim(policy, targets, values, gpus.power_limit_max_w)
+        elif isinstance(command, LockClocks):
+            targets, values = self._checked(policy, command.gpus, command.sm_clock_mhz, gpus.name)
+            unlocked = np.where(values <= 0, np.inf, values)
+            self._clocks.claim(policy, targets, unlocked, gpus.sm_clock_max_mhz)
+        elif isinstance(command, SetMemoryLimit):
+            self._checked(
+                policy, command.tenants, command.memory_limit_bytes, self.layout.tenants.name
+            )
+        elif isinstance(command, DrainInstance):
+            self._checked(policy, command.instances, 0.0, self.layout.instances.name)
+        else:
+            raise PolicyError(
+                f"policy {self.spec.policy[policy].use!r}: {command!r} is no command"
+            )
+
+    def _checked(
+        self, policy: int, targets: Ints, values: Floats | float, names: tuple[str, ...]
+    ) -> tuple[Ints, Floats]:
+        use = self.spec.policy[policy].use
+        targets = np.atleast_1d(np.asarray(targets, dtype=np.int64))
+        column = np.broadcast_to(np.asarray(values, dtype=np.float64), targets.shape)
+        if len(targets) and (targets.min() < 0 or targets.max() >= len(names)):
+            raise PolicyError(f"policy {use!r}: index {targets.tolist()} is not below {len(names)}")
+        if not np.isfinite(column).all() or (column < 0).any():
+            raise PolicyError(f"policy {use!r}: value {column.tolist()} must be finite and >= 0")
+        return targets, column
+
+    def _settle(self, said: list[tuple[int, Command]], now_s: float) -> None:
+        """Resolve all claims, tell the nodes whose limits change, and write down who asked."""
+        gpus = self.layout.gpus
+        limit_w, power_winner = self._power.resolve(self._default_w)
+        limit_w = np.where(
+            self._default_w > 0,
+            np.clip(limit_w, gpus.power_limit_min_w, gpus.power_limit_max_w),
+            0.0,
+        )
+        lock_mhz, clock_winner = self._clocks.resolve(np.zeros(len(limit_w)))
+        changed = (limit_w != self._limit_w) | (lock_mhz != self._lock_mhz)
+        power_changed = limit_w != self._limit_w
+        clock_changed = lock_mhz != self._lock_mhz
+        self._limit_w, self._lock_mhz = limit_w, lock_mhz
+        for policy, command in said:
+            if isinstance(command, SetPowerLimit):
+                targets, values = self._checked(
+                    policy, command.gpus, command.power_limit_w, gpus.name
+                )
+                won = (power_winner[targets] == policy) | (power_winner[targets] == -1)
+                self._record_command(
+                    now_s, policy, "power_limit", targets, values, command.why,
+                    won, power_changed[targets], power_winner[targets],
+                )  # fmt: skip
+            elif isinstance(command, LockClocks):
+                targets, values = self._checked(
+                    policy, command.gpus, command.sm_clock_mhz, gpus.name
+                )
+                won = (clock_winner[targets] == policy) | (clock_winner[targets] == -1)
+                self._record_command(
+                    now_s, policy, "sm_clock_lock", targets, values, command.why,
+                    won, clock_changed[targets], clock_winner[targets],
+                )  # fmt: skip
+            elif isinstance(command, SetMemoryLimit):
+                self._limit_memory(policy, command, now_s)
+            else:
+                self._drain(policy, command, now_s)
+        for index in np.unique(gpus.node[changed]):
+            node = self.layout.nodes[index]
+            if node.live:
+                self._lease(node, now_s)
+
+    def _limit_memory(self, policy: int, command: SetMemoryLimit, now_s: float) -> None:
+        tenants = self.layout.tenants
+        targets, values = self._checked(
+            policy, command.tenants, command.memory_limit_bytes, tenants.name
+        )
+        # The guaranteed part is not a policy's to take, whatever it says.
+        values = np.clip(values, tenants.guaranteed_bytes[targets], tenants.memory_bytes[targets])
+        changed = values != tenants.limit_bytes[targets]
+        for index in np.unique(tenants.node[targets[changed]]):
+            node = self.layout.nodes[index]
+            mine = changed & (tenants.node[targets] == index)
+            if node.live:
+                local = (targets[mine] - node.tenants.start).tolist()
+                limits = [int(value) for value in values[mine]]
+                self._hub.send(node.name, TenantLimits(local, limits), now_s)
+        self._record_command(
+            now_s, policy, "memory_limit", targets, values, command.why,
+            np.ones(len(targets), np.bool_), changed, np.full(len(targets), policy),
+        )  # fmt: skip
+
+    def _drain(self, policy: int, command: DrainInstance, now_s: float) -> None:
+        instances = self.layout.instances
+        targets, _ = self._checked(policy, command.instances, 0.0, instances.name)
+        changed = self._draining[targets] != command.drain
+        self._draining[targets] = command.drain
+        for index in np.unique(instances.node[targets]):
+            self._refresh_up(self.layout.nodes[index])
+        self._record_command(
+            now_s, policy, "drain", targets, np.full(len(targets), float(command.drain)),
+            command.why, np.ones(len(targets), np.bool_), changed, np.full(len(targets), policy),
+        )  # fmt: skip
+        if not command.drain:
+            self._release_held(now_s)
+
+    def _record_command(
+        self,
+        now_s: float,
+        policy: int,
+        kind: str,
+        targets: Ints,
+        values: Floats,
+        why: str,
+        won: np.ndarray,
+        changed: np.ndarray,
+        winner: Ints,
+    ) -> None:
+        names = {
+            "memory_limit": self.layout.tenants.name,
+            "drain": self.layout.instances.name,
+        }.get(kind, self.layout.gpus.name)
+        uses = [p.use for p in self.spec.policy]
+        count = len(targets)
+        outcome = np.where(won, np.where(changed, "sent", "unchanged"), "overruled")
+        self.commands_total += int((outcome == "sent").sum())
+        self._records.append(
+            "commands",
+            {
+                "t_s": [now_s] * count,
+                "step": [self._step] * count,
+                "policy_index": [policy] * count,
+                "policy": [uses[policy]] * count,
+                "precedence": [self.spec.policy[policy].precedence] * count,
+                "kind": [kind] * count,
+                "target": [names[i] for i in targets],
+                "value": values,
+                "outcome": outcome.tolist(),
+                "why": [why] * count,
+                "winner": [uses[w] if w >= 0 else "" for w in winner],
+            },
+        )
+
+    def _lease(self, node: Node, now_s: float) -> None:
+        node.lease_sequence += 1
+        node.lease_sent_s = now_s
+        self._hub.send(
+            node.name,
+            Lease(
+                epoch=self._epoch,
+                sequence=node.lease_sequence,
+                expires_s=now_s + self.spec.control.lease_s,
+                power_limit_w=self._limit_w[node.gpus].tolist(),
+                sm_clock_lock_mhz=self._lock_mhz[node.gpus].tolist(),
+            ),
+            now_s,
+        )
+
+    # Once per sample period.
+
+    def tick(self, now_s: float) -> None:
+        """Renew leases, notice silence, and write down the draw of each row."""
+        control = self.spec.control
+        beat = now_s - self._beat_s >= 1.0
+        if beat:
+            self._beat_s = now_s
+        for node in self.layout.nodes:
+            if node.live:
+                if now_s - node.last_s > control.node_timeout_s:
+                    self._lose(node, now_s, f"silent for {now_s - node.last_s:.1f} s")
+                elif now_s - node.lease_sent_s >= control.lease_s / 3 - 1e-9:
+                    self._lease(node, now_s)
+                    continue
+            if beat:
+                self._hub.send(node.name, Heartbeat(), now_s)
+        self._record_rows(now_s)
+
+    def _record_rows(self, now_s: float) -> None:
+        gpus, rows = self.layout.gpus, self.layout.rows
+        count = len(rows.name)
+        stale_s = self.spec.control.stale_s
+        fresh = now_s - gpus.t_s <= stale_s
+        instant_w = np.where(fresh, gpus.power_instant_w, gpus.power_limit_enforced_w)
+        self._records.append(
+            "rows",
+            {
+                "t_s": [now_s] * count,
+                "row": range(count),
+                "draw_w": np.bincount(gpus.row, gpus.draw_w(now_s, stale_s), count),
+                "instant_w": np.bincount(gpus.row, instant_w, count),
+                "budget_w": rows.budget_w,
+            },
+        )
+
+    # The end.
+
+    @property
+    def num_live(self) -> int:
+        """Nodes whose reports arrive."""
+        return sum(node.live for node in self.layout.nodes)
+
+    def stop(self, now_s: float, reason: str) -> None:
+        """Tell all nodes to leave, and write down the requests that were still on their way."""
+        self.stopping = True
+        for entry in list(self.in_flight.values()):
+            self._record_request(entry, "in_flight", float("nan"), float("nan"), 0)
+        for node in self.layout.nodes:
+            if node.incarnation:
+                self._hub.send(node.name, Stop(reason), now_s)
+
+    def _event(self, now_s: float, level: str, source: str, kind: str, text: str) -> None:
+        self._records.append(
+            "events",
+            {"t_s": [now_s], "level": [level], "source": [source], "kind": [kind], "text": [text]},
+        )

@@ -1,0 +1,181 @@
+"""The event loop is the clock: what happens next, and how one waits for it.
+
+`Scheduler` holds callbacks with their due times and runs them in order of (due time, order, how
+they were entered). Each callback is told the time that it was due, not what a clock shows, so the
+control plane computes the same in every mode. `VirtualScheduler` jumps to the next due time;
+`LiveScheduler` waits for it on the machine's monotonic clock, polls its inputs while it waits, and
+keeps account of how late it was (openpilot's rule: make clock mistakes show themselves).
+
+``order`` ranks what is due at one instant: physics before sampling, messages before decisions.
+
+>>> loop = VirtualScheduler()
+>>> seen = []
+>>> loop.call_at(2.0, CONTROL, seen.append)
+>>> loop.call_at(2.0, PHYSICS, seen.append)
+>>> loop.call_at(1.0, CONTROL, seen.append)
+>>> loop.run(until_s=10.0)
+>>> seen, loop.now_s
+([1.0, 2.0, 2.0], 10.0)
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+Callback = Callable[[float], object]
+
+# Ranks at one instant, lowest first.
+PHYSICS = 0
+SERVING = 1
+DELIVERY = 2
+SAMPLE = 3
+CONTROL = 4
+HOUSEKEEPING = 5
+
+
+class Scheduler(Protocol):
+    """What code that makes things happen later needs to know of a clock."""
+
+    now_s: float
+
+    def call_at(self, t_s: float, order: int, callback: Callback, key: str = "") -> None:
+        """Run ``callback(t_s)`` at ``t_s``; ties go by ``order``, then ``key``, then entry."""
+        ...
+
+
+class _Heap:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._heap: list[tuple[float, int, str, int, Callback]] = []
+        self._entered = 0
+        self._stopped = False
+
+    def call_at(self, t_s: float, order: int, callback: Callback, key: str = "") -> None:
+        """Run ``callback(t_s)`` at ``t_s``, or as soon as possible if that has passed."""
+        if math.isnan(t_s):
+            raise ValueError("t_s is not a number")
+        self._entered += 1
+        heapq.heappush(self._heap, (max(t_s, self.now_s), order, key, self._entered, callback))
+
+    def stop(self) -> None:
+        """Leave `run` after the current callback."""
+        self._stopped = True
+
+
+class VirtualScheduler(_Heap):
+    """Time that jumps from one event to the next."""
+
+    def run(self, until_s: float) -> None:
+        """Run everything due up to and at ``until_s``, and leave the clock there."""
+        heap = self._heap
+        self._stopped = False
+        while heap and heap[0][0] <= until_s and not self._stopped:
+            t_s, _, _, _, callback = heapq.heappop(heap)
+            self.now_s = t_s
+            callback(t_s)
+        if not self._stopped:
+            self.now_s = max(self.now_s, until_s)
+
+
+class Lateness:
+    """How late a live loop ran its callbacks: a histogram, so that it never grows.
+
+    Bins are 10 % wide from 1 us to about 1,000 s; a percentile is the upper edge of its bin.
+
+    >>> late = Lateness(miss_s=0.1)
+    >>> for late_s in [0.001] * 99 + [0.5]:
+    ...     late.add(late_s)
+    >>> 0.001 <= late.percentile_s(0.5) < 0.0011, late.missed_total, late.max_s
+    (True, 1, 0.5)
+    """
+
+    _WIDTH = math.log(1.1)
+    _BINS = 220
+
+    def __init__(self, miss_s: float) -> None:
+        self.miss_s = miss_s
+        self.events_total = 0
+        self.missed_total = 0
+        self.max_s = 0.0
+        self._counts = [0] * self._BINS
+
+    def add(self, late_s: float) -> None:
+        """Count one event that ran ``late_s`` after it was due."""
+        self.events_total += 1
+        if late_s > self.max_s:
+            self.max_s = late_s
+        if late_s > self.miss_s:
+            self.missed_total += 1
+        place = 0 if late_s <= 1e-6 else 1 + int(math.log(late_s * 1e6) / self._WIDTH)
+        self._counts[min(place, self._BINS - 1)] += 1
+
+    def percentile_s(self, frac: float) -> float:
+        """Lateness that a share ``frac`` of the events did not exceed; 0 without events."""
+        if not self.events_total:
+            return 0.0
+        place = int(np.searchsorted(np.cumsum(self._counts), frac * self.events_total))
+        return float(min(1e-6 * math.exp(place * self._WIDTH), self.max_s))
+
+
+class LiveScheduler(_Heap):
+    """The machine's monotonic clock, zero at ``start_ns``.
+
+    ``poll(timeout_s)`` is called while waiting and may block that long; it is where sockets are
+    read. Below `_FINE_S` the wait is a plain sleep, since socket polls count in milliseconds.
+    """
+
+    _FINE_S = 0.0015
+    _WAKE_S = 60e-6  # how much a short sleep overshoots here; the loop then spins
+
+    def __init__(
+        self, poll: Callable[[float], None], *, start_ns: int | None = None, miss_s: float = 0.05
+    ) -> None:
+        super().__init__()
+        self.start_ns = time.monotonic_ns() if start_ns is None else start_ns
+        self.lateness = Lateness(miss_s)
+        self._poll = poll
+
+    def wall_s(self) -> float:
+        """Seconds since the run's start by the machine's clock."""
+        return (time.monotonic_ns() - self.start_ns) * 1e-9
+
+    def restart(self, start_ns: int) -> None:
+        """Move zero to ``start_ns``, once a node has learned it. What is pending keeps its time."""
+        self.start_ns = start_ns
+        self.now_s = max(0.0, self.wall_s())
+
+    def run(self, until_s: float) -> None:
+        """Run everything as it falls due until the clock shows ``until_s`` or `stop` is called."""
+        self._stopped = False
+        heap = self._heap
+        polled_s = -math.inf
+        while not self._stopped:
+            wall_s = self.wall_s()
+            due_s = heap[0][0] if heap else math.inf
+            if due_s <= min(wall_s, until_s):
+                # Arrivals first, now and then: a loop that is behind must not go deaf.
+                if wall_s - polled_s > 0.002:
+                    self._poll(0.0)
+                    polled_s = wall_s
+                    continue
+                t_s, order, _, _, callback = heapq.heappop(heap)
+                self.now_s = max(self.now_s, t_s)
+                if order != HOUSEKEEPING:
+                    self.lateness.add(wall_s - t_s)
+                callback(t_s)
+            elif wall_s >= until_s:
+                self.now_s = max(self.now_s, until_s)
+                break
+            else:
+                wait_s = min(due_s, until_s) - wall_s
+                if wait_s > self._FINE_S:
+                    self._poll(min(wait_s - 0.001, 0.05))
+                    polled_s = self.wall_s()
+                elif wait_s > self._WAKE_S:
+                    time.sleep(wait_s - self._WAKE_S)

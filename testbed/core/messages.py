@@ -1,0 +1,328 @@
+"""Every message on the wire, defined once and checked on arrival.
+
+A message travels inside an `Envelope`, as MessagePack, typed by msgspec: a wrong type, a missing
+field or an unknown kind is refused by `decode` before any code of ours sees it. Columns are lists
+with one entry per GPU (or instance, tenant, request) in the order that `Hello` or `Welcome` gave.
+
+Times are seconds on the run's clock, zero at its start. A message says when it was true or decided
+(`Envelope.t_s`); the receiver lets it act `delay_s` later, the same in virtual and in real time,
+so that the order of events does not hang on how fast a socket was (docs/decisions/0002).
+
+>>> sent = Envelope("row0/rack0/node000", 1, 7, 2.5, Ping(sent_ns=5))
+>>> decode(encode(sent)) == sent
+True
+>>> decode(encode(sent)[:-1])
+Traceback (most recent call last):
+...
+testbed.core.errors.TransportError: bad message of 87 bytes: Input data was truncated
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from testbed.core.errors import TransportError
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 16 << 20
+"""Longest message a socket accepts. A bank report of 10,000 GPUs is about 1 MB."""
+
+
+class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What every part of a message shares: immutable, and strict about unknown fields."""
+
+
+class GpuInfo(_Wire, frozen=True):
+    """What does not change about a GPU while a daemon runs."""
+
+    uuid: str
+    model: str
+    memory_total_bytes: int
+    power_limit_min_w: float
+    power_limit_max_w: float
+    power_limit_default_w: float
+    sm_clock_min_mhz: float
+    sm_clock_max_mhz: float
+
+
+class TenantInfo(_Wire, frozen=True):
+    """A tenant of host memory on a node: a guaranteed part and an oversubscribed part."""
+
+    name: str
+    guaranteed_bytes: int
+    memory_bytes: int
+
+
+class EngineConfig(_Wire, frozen=True):
+    """How an instance batches; the defaults are vLLM v1's on a large GPU."""
+
+    max_num_seqs: int = 256
+    max_batched_tokens: int = 8192
+    block_size_tokens: int = 16
+    gpu_memory_frac: float = 0.9
+    kv_blocks: int = 0
+    """KV blocks of the instance; 0 computes them from the memory left beside the weights."""
+    preprocess_workers: int = 4
+    """CPU cores for image preprocessing that this instance may use."""
+    collapse: bool = True
+    """Sum runs of alike iterations in closed form. Off steps one by one: same results, slower."""
+
+
+class InstanceConfig(_Wire, frozen=True):
+    """One copy of a model on ``tp`` GPUs of a node."""
+
+    name: str
+    pool: str
+    model: str
+    tp: int
+    gpus: list[int]
+    engine: EngineConfig
+
+
+class NodeConfig(_Wire, frozen=True):
+    """What the coordinator asks of a node when it joins."""
+
+    name: str
+    instances: list[InstanceConfig]
+    safe_power_limit_w: list[float]
+    sample_period_s: float
+    lease_s: float
+    ramp_down_w_per_s: float
+    ramp_up_w_per_s: float
+    delay_s: float
+
+
+# Node and coordinator get to know each other.
+
+
+class Hello(_Wire, frozen=True, tag=True):
+    """First word of a node. ``boot_id`` tells whether the two share a monotonic clock."""
+
+    protocol: int
+    boot_id: str
+    gpus: list[GpuInfo]
+    tenants: list[TenantInfo]
+
+
+class Welcome(_Wire, frozen=True, tag=True):
+    """The coordinator takes the node in. Sent again until the node's reports arrive."""
+
+    epoch: int
+    run_id: str
+    start_ns: int
+    boot_id: str
+    config: NodeConfig
+
+
+class Refused(_Wire, frozen=True, tag=True):
+    """The coordinator does not take the node in, and why."""
+
+    reason: str
+
+
+class Ping(_Wire, frozen=True, tag=True):
+    """Asks the coordinator for the time, to set this node's clock against it."""
+
+    sent_ns: int
+
+
+class Pong(_Wire, frozen=True, tag=True):
+    """The answer; half the round trip is the error of the offset."""
+
+    sent_ns: int
+    answered_ns: int
+
+
+class Heartbeat(_Wire, frozen=True, tag=True):
+    """The coordinator lives. Any other message from it says the same."""
+
+
+class Stop(_Wire, frozen=True, tag=True):
+    """The run is over: restore what was found, say `Bye` and leave."""
+
+    reason: str
+
+
+class Bye(_Wire, frozen=True, tag=True):
+    """Last word of a node, with its own account of how punctual it was."""
+
+    reason: str
+    late_p50_s: float
+    late_p99_s: float
+    late_max_s: float
+    events_total: int
+    missed_total: int
+
+
+# Telemetry.
+
+
+class GpuReadings(_Wire, frozen=True):
+    """One column per quantity, one entry per GPU of the bank."""
+
+    power_instant_w: list[float]
+    power_avg_w: list[float]
+    power_limit_w: list[float]
+    power_limit_enforced_w: list[float]
+    energy_j: list[float]
+    sm_clock_mhz: list[float]
+    temp_c: list[float]
+    mem_temp_c: list[float]
+    gpu_busy_frac: list[float]
+    fb_used_bytes: list[int]
+    throttle: list[int]
+    lost: list[bool]
+
+
+class InstanceReadings(_Wire, frozen=True):
+    """One entry per instance of the node."""
+
+    num_running: list[int]
+    num_waiting: list[int]
+    kv_used_frac: list[float]
+    prompt_tokens_total: list[int]
+    output_tokens_total: list[int]
+    preemptions_total: list[int]
+
+
+class TenantReadings(_Wire, frozen=True):
+    """One entry per tenant of the node; kernel words, see STYLE's host table."""
+
+    working_set_bytes: list[int]
+    current_bytes: list[int]
+    limit_bytes: list[int]
+    swap_bytes: list[int]
+    major_faults_total: list[int]
+    refaults_total: list[int]
+    pressure_some_frac: list[float]
+    slowdown_frac: list[float]
+    frozen: list[bool]
+
+
+class Report(_Wire, frozen=True, tag=True):
+    """A node's state at ``Envelope.t_s``."""
+
+    gpus: GpuReadings
+    instances: InstanceReadings
+    tenants: TenantReadings
+    lease_epoch: int
+    lease_sequence: int
+    drift_total: int
+    """Times a limit was found changed by somebody else and was set again."""
+    late_s: float
+    """How late the node took this sample, on its own clock."""
+
+
+# Serving.
+
+
+class Request(_Wire, frozen=True):
+    """What a client sends. Token counts are of the model's own tokenizer."""
+
+    id: int
+    arrival_s: float
+    prompt_tokens: int
+    """Text tokens of the prompt."""
+    output_tokens: int
+    num_images: int = 0
+    image_tokens: int = 0
+    """Tokens of all images together, after the encoder."""
+    tenant: str = "default"
+    slo_class: str = "default"
+
+
+class Submit(_Wire, frozen=True, tag=True):
+    """Serve this request on that instance of yours."""
+
+    instance: int
+    request: Request
+
+
+class Progress(_Wire, frozen=True, tag=True):
+    """What became of requests, in columns: ``t_s`` is when it happened on the node."""
+
+    request_id: list[int]
+    event: list[Literal["first_token", "finished", "rejected"]]
+    t_s: list[float]
+    preemptions: list[int]
+
+
+# Control.
+
+
+class Lease(_Wire, frozen=True, tag=True):
+    """All caps of a node, for a while. Without renewal it moves to its safe caps by itself."""
+
+    epoch: int
+    sequence: int
+    expires_s: float
+    power_limit_w: list[float]
+    sm_clock_lock_mhz: list[float]
+    """Highest SM clock allowed per GPU; 0 leaves it unlocked."""
+
+
+class TenantLimits(_Wire, frozen=True, tag=True):
+    """Memory limits for tenants of the node, by index; they hold until changed."""
+
+    tenant: list[int]
+    memory_limit_bytes: list[int]
+
+
+class Ack(_Wire, frozen=True, tag=True):
+    """What the node did with a lease: refused (and why), or the limits as read back."""
+
+    epoch: int
+    sequence: int
+    refused: str
+    power_limit_w: list[float]
+
+
+Body = (
+    Hello
+    | Welcome
+    | Refused
+    | Ping
+    | Pong
+    | Heartbeat
+    | Stop
+    | Bye
+    | Report
+    | Submit
+    | Progress
+    | Lease
+    | TenantLimits
+    | Ack
+)
+
+
+class Envelope(_Wire, frozen=True):
+    """Who says it (and which life of them), the how manieth word it is, and when it was true."""
+
+    source: str
+    incarnation: int
+    sequence: int
+    t_s: float
+    body: Body
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def encode(envelope: Envelope) -> bytes:
+    """MessagePack bytes of an envelope."""
+    return _encoder.encode(envelope)
+
+
+def decode(data: bytes) -> Envelope:
+    """The envelope in ``data``, validated.
+
+    Raises:
+        TransportError: it is not a message of ours, with the reason and the place in it.
+    """
+    try:
+        return _decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise TransportError(f"bad message of {len(data)} bytes: {error}") from None

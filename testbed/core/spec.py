@@ -1,0 +1,313 @@
+"""A run, as a TOML file says it: `RunSpec`, read and checked by `load_spec`.
+
+Every field has a default that makes sense alone, so the smallest file is one table. Unknown keys,
+wrong types and values outside their range end in one `SpecError` that names the field.
+
+>>> parse_spec('[cluster]\\nrows = 1\\nnodes_per_row = 1').cluster.gpus_per_node
+8
+>>> parse_spec('[cluster]\\nbreaker_w = 3')
+Traceback (most recent call last):
+...
+testbed.core.errors.SpecError: run spec: Object contains unknown field `breaker_w` - at `$.cluster`
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from testbed.core.errors import SpecError
+from testbed.core.messages import EngineConfig
+from testbed.core.names import node_name
+
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Frac = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+Mode = Literal["virtual", "emulated", "hardware"]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of the run file."""
+
+
+class ClusterSpec(_Table, frozen=True):
+    """The machines and the breakers they hang from."""
+
+    rows: Count = 1
+    racks_per_row: Count = 1
+    nodes_per_row: Count = 1
+    gpus_per_node: Annotated[int, Meta(ge=1, le=64)] = 8
+    gpu: str = "h100-sxm"
+    row_budget_w: NotNegative = 0.0
+    """What the GPUs of one row may draw together; 0 sets no budget."""
+    inlet_c: Annotated[float, Meta(ge=-20, le=60)] = 24.0
+    temp_spread_c: NotNegative = 2.0
+    """Standard deviation of the per-GPU temperature offset (assumed: place and paste)."""
+
+
+class PoolSpec(_Table, frozen=True):
+    """Instances of one model, on the same GPUs of every node."""
+
+    name: str = "default"
+    model: str = "llama-3.1-8b"
+    tp: Literal[1, 2, 4, 8] = 1
+    gpus_per_node: Count = 8
+    priority: int = 1
+    engine: EngineConfig = EngineConfig()
+
+
+class ClassSpec(_Table, frozen=True):
+    """A service class: who serves it and what it was promised."""
+
+    name: str = "default"
+    pool: str = "default"
+    share: Positive = 1.0
+    """Weight of the class when the workload assigns classes; see also ``images``."""
+    images: Literal["any", "only", "never"] = "any"
+    """Which requests may fall into it: those with images, those without, or both."""
+    ttft_s: Positive = 2.0
+    tpot_s: Positive = 0.1
+
+
+class WorkloadSpec(_Table, frozen=True):
+    """Where requests come from. Fields that a source does not use must be left at their default."""
+
+    source: Literal["azure_llm", "azure_lmm", "poisson", "bursty", "long_context", "csv"] = (
+        "poisson"
+    )
+    trace: str = ""
+    """A trace file, or the name of one we ship."""
+    start_s: NotNegative = 0.0
+    """Where in the trace to begin."""
+    rate_rps: NotNegative = 0.0
+    """Mean arrival rate; for a trace, the rate it is thinned or repeated to (0 keeps its own)."""
+    burst_cv: Positive = 3.0
+    image_frac: Frac = 0.0
+    """Share of requests given images, with sizes from the measured LMM distributions."""
+    tenants: Count = 4
+    max_prompt_tokens: Count = 128_000
+    prompt_tokens: NotNegative = 0.0
+    """Mean prompt length for the generators; 0 draws from the measured distribution."""
+    output_tokens: NotNegative = 0.0
+    """Mean output length for the generators; 0 draws from the measured distribution."""
+
+
+class PolicySpec(_Table, frozen=True):
+    """A policy by name (``row_power_cap``) or file (``my_policy.py:MyCap``), and its parameters."""
+
+    use: str
+    params: dict[str, Any] = {}
+    precedence: Literal["safety", "slo", "efficiency"] = "efficiency"
+
+
+class TenantsSpec(_Table, frozen=True):
+    """Host-memory tenants on each node; none by default."""
+
+    per_node: Annotated[int, Meta(ge=0, le=64)] = 0
+    memory_mib: Positive = 64.0
+    guaranteed_frac: Frac = 0.5
+    trace: str = "vm_memory"
+    swap_mib: NotNegative = 0.0
+    """Size of a zram swap device to make if the node has no swap; 0 makes none."""
+
+
+class TransportSpec(_Table, frozen=True):
+    """The wire. ``delay_s`` holds in every mode; jitter and loss are injected in virtual time."""
+
+    delay_s: Annotated[float, Meta(ge=0, le=1)] = 0.005
+    jitter_s: NotNegative = 0.0
+    loss_frac: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+
+
+class ControlSpec(_Table, frozen=True):
+    """Rates and safety margins of the loop."""
+
+    sample_period_s: Annotated[float, Meta(ge=0.01, le=600)] = 0.1
+    lease_s: Positive = 3.0
+    stale_s: Positive = 2.0
+    node_timeout_s: Positive = 5.0
+    """A node silent for this long is lost: its requests go elsewhere."""
+    ramp_down_w_per_s: Positive = 2000.0
+    ramp_up_w_per_s: Positive = 200.0
+    max_attempts: Count = 3
+    """How often a request is routed before it is recorded as lost."""
+    hold_limit: Count = 10_000
+    """Requests held at the front door before further ones are rejected."""
+
+
+class RecordSpec(_Table, frozen=True):
+    """What is kept. Everything, unless a run is so large that a table must be thinned."""
+
+    gpu_period_s: NotNegative = 0.0
+    """Least time between two recorded samples of a GPU; 0 keeps every report."""
+    views: bool = True
+    """Keep the views that policies saw: needed by ``testbed replay``."""
+    segments: bool = False
+    """Keep every collapsed run of iterations of every instance."""
+
+
+class RunSpec(_Table, frozen=True):
+    """One run."""
+
+    name: str = "run"
+    mode: Mode = "virtual"
+    seed: Annotated[int, Meta(ge=0, le=2**62)] = 1
+    duration_s: Positive = 60.0
+    drain_s: NotNegative = 10.0
+    """Longest wait for requests still running when arrivals end."""
+    cluster: ClusterSpec = ClusterSpec()
+    pool: list[PoolSpec] = msgspec.field(default_factory=lambda: [PoolSpec()])
+    slo_class: list[ClassSpec] = msgspec.field(default_factory=lambda: [ClassSpec()])
+    workload: WorkloadSpec = WorkloadSpec()
+    policy: list[PolicySpec] = []
+    router: PolicySpec = PolicySpec(use="least_loaded")
+    tenants: TenantsSpec = TenantsSpec()
+    transport: TransportSpec = TransportSpec()
+    control: ControlSpec = ControlSpec()
+    record: RecordSpec = RecordSpec()
+
+    def node_names(self) -> list[str]:
+        """Names of all nodes, rack by rack."""
+        cluster = self.cluster
+        per_rack = math.ceil(cluster.nodes_per_row / cluster.racks_per_row)
+        return [
+            node_name(row, index // per_rack, row * cluster.nodes_per_row + index)
+            for row in range(cluster.rows)
+            for index in range(cluster.nodes_per_row)
+        ]
+
+
+def parse_spec(text: str, overrides: list[str] | tuple[str, ...] = ()) -> RunSpec:
+    """The spec in ``text`` (TOML) with ``path=value`` overrides applied, checked as a whole.
+
+    Raises:
+        SpecError: names the field, its value and what is allowed.
+    """
+    try:
+        tree = msgspec.toml.decode(text)
+    except msgspec.DecodeError as error:
+        raise SpecError(f"run spec: not TOML: {error}") from None
+    for override in overrides:
+        _override(tree, override)
+    try:
+        spec = msgspec.convert(tree, RunSpec, strict=True)
+    except msgspec.ValidationError as error:
+        raise SpecError(f"run spec: {error}") from None
+    _check(spec)
+    return spec
+
+
+def load_spec(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunSpec:
+    """`parse_spec` of a file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"run spec {path}: cannot be read: {error}") from None
+    return parse_spec(text, overrides)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Set ``a.b.0.c=value`` in a tree of tables; the value is TOML, or else a plain string."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise SpecError(f"--set {override!r}: expected path=value, as in cluster.rows=2")
+    try:
+        value = msgspec.toml.decode(f"v = {text}")["v"]
+    except msgspec.DecodeError:
+        value = text
+    *parents, last = path.strip().split(".")
+    place: Any = tree
+    for key in parents:
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise SpecError(f"--set {override!r}: {key!r} is not one of {len(place)} entries")
+            place = place[int(key)]
+        else:
+            place = place.setdefault(key, {})
+        if not isinstance(place, dict | list):
+            raise SpecError(f"--set {override!r}: {key!r} is a value, not a table")
+    if isinstance(place, list):
+        if not last.isdigit() or int(last) >= len(place):
+            raise SpecError(f"--set {override!r}: {last!r} is not one of {len(place)} entries")
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _check(spec: RunSpec) -> None:
+    """What no single field can say about itself."""
+    cluster = spec.cluster
+    for name, value in _floats(spec):
+        if not math.isfinite(value):
+            raise SpecError(f"run spec: {name} = {value} must be a finite number")
+    if cluster.racks_per_row > cluster.nodes_per_row:
+        raise SpecError(
+            f"run spec: cluster.racks_per_row = {cluster.racks_per_row} is more than "
+            f"cluster.nodes_per_row = {cluster.nodes_per_row}"
+        )
+    pools = [pool.name for pool in spec.pool]
+    if len(set(pools)) != len(pools) or not pools:
+        raise SpecError(f"run spec: pool names {pools} must be unique and at least one")
+    taken = sum(pool.gpus_per_node for pool in spec.pool)
+    if taken > cluster.gpus_per_node:
+        raise SpecError(
+            f"run spec: pools take {taken} GPUs of each node, "
+            f"cluster.gpus_per_node = {cluster.gpus_per_node}"
+        )
+    for pool in spec.pool:
+        if pool.gpus_per_node % pool.tp:
+            raise SpecError(
+                f"run spec: pool {pool.name!r}: gpus_per_node = {pool.gpus_per_node} "
+                f"is not a multiple of tp = {pool.tp}"
+            )
+        engine = pool.engine
+        for field, value, low in (
+            ("max_num_seqs", engine.max_num_seqs, 1),
+            ("max_batched_tokens", engine.max_batched_tokens, engine.max_num_seqs + 1),
+            ("block_size_tokens", engine.block_size_tokens, 1),
+            ("kv_blocks", engine.kv_blocks, 0),
+            ("preprocess_workers", engine.preprocess_workers, 1),
+        ):
+            if value < low:
+                raise SpecError(
+                    f"run spec: pool {pool.name!r}: engine.{field} = {value} must be >= {low}"
+                )
+        if not 0 < engine.gpu_memory_frac <= 1:
+            raise SpecError(
+                f"run spec: pool {pool.name!r}: engine.gpu_memory_frac = "
+                f"{engine.gpu_memory_frac} must be in (0, 1]"
+            )
+    classes = [slo_class.name for slo_class in spec.slo_class]
+    if len(set(classes)) != len(classes) or not classes:
+        raise SpecError(f"run spec: slo_class names {classes} must be unique and at least one")
+    for slo_class in spec.slo_class:
+        if slo_class.pool not in pools:
+            raise SpecError(
+                f"run spec: slo_class {slo_class.name!r}: pool = {slo_class.pool!r} "
+                f"is none of {pools}"
+            )
+    if spec.control.lease_s < 3 * spec.control.sample_period_s:
+        raise SpecError(
+            f"run spec: control.lease_s = {spec.control.lease_s} must be at least three times "
+            f"control.sample_period_s = {spec.control.sample_period_s}"
+        )
+
+
+def _floats(table: msgspec.Struct, path: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name in table.__struct_fields__:
+        value = getattr(table, name)
+        if isinstance(value, float):
+            found.append((f"{path}{name}", value))
+        elif isinstance(value, msgspec.Struct):
+            found.extend(_floats(value, f"{path}{name}."))
+        elif isinstance(value, list):
+            for index, entry in enumerate(value):
+                if isinstance(entry, msgspec.Struct):
+                    found.extend(_floats(entry, f"{path}{name}.{index}."))
+    return found

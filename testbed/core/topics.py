@@ -1,0 +1,58 @@
+"""Every message in one table: which way it goes, on which stream, how often, and is it kept.
+
+>>> TOPICS[Report].stream, TOPICS[Lease].stream
+('telemetry', 'control')
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from testbed.core.messages import (
+    Ack,
+    Body,
+    Bye,
+    Heartbeat,
+    Hello,
+    Lease,
+    Ping,
+    Pong,
+    Progress,
+    Refused,
+    Report,
+    Stop,
+    Submit,
+    TenantLimits,
+    Welcome,
+)
+
+Stream = Literal["control", "telemetry"]
+
+
+class Topic(NamedTuple):
+    """Facts about one kind of message."""
+
+    stream: Stream
+    """``control`` is two-way and bounded; ``telemetry`` may be dropped, counted."""
+    sender: Literal["node", "coordinator"]
+    rate: str
+    recorded: str
+    """Table of the recording that keeps it, or empty."""
+
+
+TOPICS: dict[type[Body], Topic] = {
+    Hello: Topic("control", "node", "every second until welcomed", "events"),
+    Welcome: Topic("control", "coordinator", "answers Hello", "events"),
+    Refused: Topic("control", "coordinator", "answers Hello", "events"),
+    Ping: Topic("control", "node", "8 at start, then every 10 s", ""),
+    Pong: Topic("control", "coordinator", "answers Ping", ""),
+    Heartbeat: Topic("control", "coordinator", "every second", ""),
+    Stop: Topic("control", "coordinator", "once", "events"),
+    Bye: Topic("control", "node", "once", "lateness"),
+    Report: Topic("telemetry", "node", "every sample_period_s", "gpus, instances, tenants"),
+    Submit: Topic("control", "coordinator", "per request", "requests"),
+    Progress: Topic("control", "node", "per first token and end", "requests"),
+    Lease: Topic("control", "coordinator", "lease_s / 3, and on change", "commands"),
+    TenantLimits: Topic("control", "coordinator", "on change", "commands"),
+    Ack: Topic("control", "node", "answers Lease", "events"),
+}

@@ -1,0 +1,1 @@
+"""How messages travel: `base` has the signatures, with one sibling per implementation."""

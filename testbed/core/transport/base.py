@@ -1,0 +1,76 @@
+"""The transport seam: what the coordinator's hub and a node's spoke must offer.
+
+A hub talks to many nodes by name; a spoke talks to one hub. Both hand what arrives to a
+``deliver(envelope, due_s)`` callback: ``due_s`` is when it may act, `Envelope.t_s` plus the
+agreed delay (plus injected jitter in memory). The shell enters it into its scheduler.
+
+Sending never blocks. A message that cannot be queued is dropped and counted at the sender, and its
+missing sequence number is counted as a gap at the receiver: nothing is lost silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from testbed.core.messages import Body, Envelope
+
+Deliver = Callable[[Envelope, float], None]
+
+
+@dataclass(slots=True)
+class StreamStats:
+    """Counters of what came from one peer, over all of its streams."""
+
+    received_total: int = 0
+    gaps_total: int = 0
+    """Messages that were sent to us and never came."""
+    stale_total: int = 0
+    """Messages of an earlier life of the peer, ignored."""
+    late_total: int = 0
+    """Messages that arrived after they were due."""
+
+
+class Spoke(Protocol):
+    """A node's end."""
+
+    name: str
+    dropped_total: int
+    """Messages that we could not queue."""
+    bad_total: int
+    """Frames that were no message of ours."""
+    stats: StreamStats
+
+    def send(self, body: Body, t_s: float) -> bool:
+        """Queue a message to the hub; False if it had to be dropped."""
+        ...
+
+    def poll(self, timeout_s: float) -> None:
+        """Deliver what has arrived, waiting up to ``timeout_s`` for the first."""
+        ...
+
+    def close(self) -> None:
+        """Release the sockets without waiting for the peer."""
+        ...
+
+
+class Hub(Protocol):
+    """The coordinator's end."""
+
+    dropped_total: int
+    bad_total: int
+    stats: dict[str, StreamStats]
+    """By node name."""
+
+    def send(self, to: str, body: Body, t_s: float) -> bool:
+        """Queue a message to the node called ``to``; False if it had to be dropped."""
+        ...
+
+    def poll(self, timeout_s: float) -> None:
+        """Deliver what has arrived, waiting up to ``timeout_s`` for the first."""
+        ...
+
+    def close(self) -> None:
+        """Release the sockets without waiting for the peers."""
+        ...

@@ -1,0 +1,629 @@
+"""Write a recording: buffers in memory, an Arrow stream per table on disk, Parquet at the end.
+
+Appending copies columns into preallocated arrays. `Recorder.flush` hands what is there to the
+operating system as one Arrow record batch per table: from then on it survives ``kill -9`` of the
+process. Closing rewrites each stream as Parquet, in row groups of a fixed size, so that the bytes
+depend on the rows alone and not on when they were flushed. Wall-clock facts are in manifest.json
+and summary.json and nowhere else.
+
+A recorder holds a lock on its folder. A recording whose manifest says "running" and whose folder
+is not locked was killed: `finalise` closes it afterwards, and the reader takes it as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from testbed.core.errors import RecordingError
+from testbed.core.messages import GpuInfo, GpuReadings, InstanceReadings, TenantReadings
+from testbed.core.spec import RunSpec
+from testbed.core.view import (
+    Command,
+    Floats,
+    GpuColumns,
+    InstanceColumns,
+    TenantColumns,
+    View,
+)
+from testbed.recorder.tables import (
+    FORMAT,
+    NUMPY_TYPE,
+    TABLES,
+    Table,
+    flatten,
+    view_columns,
+)
+
+FLUSH_S = 0.5
+"""Least wall-clock time between two flushes. The shell asks about once a second of the run's clock,
+which in virtual time may be a thousand times a second."""
+FULL_ROWS = 1 << 17
+"""A buffer of so many rows is flushed without waiting: it bounds memory."""
+ROW_GROUP_ROWS = 1 << 17
+
+_VIEW_GPUS = view_columns(GpuColumns)
+_VIEW_INSTANCES = view_columns(InstanceColumns)
+_VIEW_TENANTS = view_columns(TenantColumns)
+_PACKAGES = ("serving-testbed", "numpy", "pyarrow", "scipy", "msgspec", "pyzmq", "nvidia-ml-py")
+
+
+class TableWriter:
+    """Buffers of one table, and its stream once there is something to write."""
+
+    def __init__(self, table: Table, folder: Path) -> None:
+        self.table = table
+        self.num_rows = 0
+        self._path = folder / f"{table.name}.arrows"
+        self._schema = table.schema()
+        self._capacity = 256
+        self._numeric: list[tuple[int, np.ndarray[Any, Any]]] = []
+        self._texts: list[tuple[int, list[str]]] = []
+        for place, column in enumerate(table.columns):
+            if column.kind in NUMPY_TYPE:
+                empty = np.empty(self._capacity, NUMPY_TYPE[column.kind])
+                self._numeric.append((place, empty))
+            else:
+                self._texts.append((place, []))
+        self._names = [column.name for column in table.columns]
+        self._sink: Any = None
+        self._stream: Any = None
+
+    def append(self, count: int, *values: Any) -> None:
+        """Add ``count`` rows; ``values`` are columns in the table's order, or one value for all."""
+        start = self.num_rows
+        end = start + count
+        if end > self._capacity:
+            self._grow(end)
+        for place, buffer in self._numeric:
+            buffer[start:end] = values[place]
+        for place, texts in self._texts:
+            value = values[place]
+            texts.extend([value] * count if isinstance(value, str) else value)
+            if len(texts) != end:
+                del texts[start:]
+                raise ValueError(
+                    f"table {self.table.name}: {self._names[place]} needs {count} rows"
+                )
+        self.num_rows = end
+
+    def append_columns(self, columns: Mapping[str, Any]) -> None:
+        """Add rows by column name; single values are repeated."""
+        if len(columns) != len(self._names) or any(name not in columns for name in self._names):
+            odd = sorted(set(columns) ^ set(self._names))
+            raise ValueError(f"table {self.table.name}: missing or unknown columns {odd}")
+        values = [columns[name] for name in self._names]
+        lengths = [len(v) for v in values if not isinstance(v, str) and hasattr(v, "__len__")]
+        self.append(max(lengths) if lengths else 1, *values)
+
+    def _grow(self, needed: int) -> None:
+        while self._capacity < needed:
+            self._capacity *= 2
+        for index, (place, buffer) in enumerate(self._numeric):
+            larger = np.empty(self._capacity, buffer.dtype)
+            larger[: self.num_rows] = buffer[: self.num_rows]
+            self._numeric[index] = (place, larger)
+
+    def flush(self) -> None:
+        """Hand the buffered rows to the operating system."""
+        if not self.num_rows:
+            return
+        if self._stream is None:
+            self._sink = pa.OSFile(str(self._path), "wb")
+            self._stream = pa.ipc.new_stream(self._sink, self._schema)
+        arrays: list[Any] = [None] * len(self._names)
+        for place, buffer in self._numeric:
+            arrays[place] = pa.array(buffer[: self.num_rows])
+        for place, texts in self._texts:
+            arrays[place] = pa.array(texts, pa.string())
+            texts.clear()
+        self._stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        self.num_rows = 0
+
+    def close(self) -> None:
+        """Flush and end the stream."""
+        self.flush()
+        if self._stream is not None:
+            self._stream.close()
+            self._sink.close()
+            self._stream = None
+
+
+class Recorder:
+    """The recording of one run while it goes on.
+
+    Args:
+        folder: made if needed; must not hold a recording already.
+        spec: what was asked for.
+        meta: further facts for the manifest: ``provenance`` (a list of ``{what, how, source}`` with
+            ``how`` one of measured, emulated, assumed), ``late_limit_s`` and the like.
+        extra_tables: tables of an experiment, beside those of `tables.TABLES`.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        spec: RunSpec,
+        meta: Mapping[str, Any] | None = None,
+        extra_tables: Sequence[Table] = (),
+    ) -> None:
+        self.folder = Path(folder)
+        self.spec = spec
+        with _map_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / "manifest.json").exists():
+                raise RecordingError(f"recording {self.folder}: there is one already")
+            self._lock = lock_folder(self.folder)
+            self._started = time.monotonic()
+            self.manifest = _new_manifest(self.folder.name, spec, dict(meta or {}))
+            write_json(self.folder / "manifest.json", self.manifest)
+        # `steps` stays last: see its place in TABLES.
+        tables = {**{t.name: t for t in extra_tables}, **TABLES}
+        self.tables = {name: TableWriter(table, self.folder) for name, table in tables.items()}
+        self._gpus = self.tables["gpus"]
+        self._instances = self.tables["instances"]
+        self._tenants = self.tables["tenants"]
+        self._names: dict[str, tuple[str, ...]] = {}
+        self._gpu_period_s = spec.record.gpu_period_s
+        self._gpu_due_s: dict[int, float] = {}
+        self._held: dict[int, tuple[float, Any, GpuReadings]] = {}
+        self._flushed = self._started
+        self._last_s = 0.0
+        self._closed = False
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            self.close()
+        elif issubclass(kind, KeyboardInterrupt):
+            self.close("interrupted")
+        else:
+            self.close("failed", error=f"{kind.__name__}: {error}")
+
+    def append(self, table: str, columns: Mapping[str, Any]) -> None:
+        """Add rows to a table by column name; a single value is repeated."""
+        writer = self.tables[table]
+        writer.append_columns(columns)
+        if writer.num_rows >= FULL_ROWS:
+            self._flush()
+
+    # What does not change.
+
+    def cluster(self, view: View) -> None:
+        """The index tables: names and places, from a view. Call once, before anything else."""
+        gpus, instances, tenants = view.gpus, view.instances, view.tenants
+        self._names = {
+            "power_limit": gpus.name,
+            "sm_clock_lock": gpus.name,
+            "memory_limit": tenants.name,
+            "drain": instances.name,
+        }
+        put = self.tables
+        put["gpu_index"].append(
+            len(gpus.name),
+            range(len(gpus.name)),
+            gpus.name,
+            gpus.row,
+            gpus.node,
+            gpus.instance,
+            gpus.priority,
+        )
+        put["instance_index"].append(
+            len(instances.name),
+            range(len(instances.name)),
+            instances.name,
+            instances.node,
+            instances.pool,
+            instances.num_gpus,
+        )
+        put["tenant_index"].append(
+            len(tenants.name),
+            range(len(tenants.name)),
+            tenants.name,
+            tenants.node,
+            tenants.guaranteed_bytes,
+            tenants.memory_bytes,
+        )
+        rows = view.rows
+        put["row_index"].append(len(rows.name), range(len(rows.name)), rows.name, rows.budget_w)
+        put["pool_index"].append(
+            len(view.pools), range(len(view.pools)), view.pools, view.pool_priority
+        )
+
+    def node_joined(
+        self,
+        t_s: float,
+        gpus: Sequence[int],
+        infos: Sequence[GpuInfo],
+        safe_power_limit_w: Sequence[float],
+    ) -> None:
+        """What the GPUs of a node said of themselves, in its `Hello`."""
+        facts = zip(*(msgspec.structs.astuple(info) for info in infos), strict=True)
+        self.tables["gpu_info"].append(len(infos), t_s, gpus, *facts, safe_power_limit_w)
+
+    # Telemetry. The hot path: positional, no checks beyond NumPy's.
+
+    def gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
+        """A node's report: ``gpu`` are the indices of its GPUs.
+
+        With ``record.gpu_period_s`` set, a report that comes too soon is held back; the last one
+        is kept at the end, so that energy counters cover the whole run.
+        """
+        if self._gpu_period_s:
+            bank = int(gpu[0])
+            if t_s < self._gpu_due_s.get(bank, t_s) - 1e-6:
+                self._held[bank] = (t_s, gpu, readings)
+                return
+            self._gpu_due_s[bank] = t_s + self._gpu_period_s
+            self._held.pop(bank, None)
+        self._put_gpus(t_s, gpu, readings)
+
+    def _put_gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
+        self._gpus.append(len(gpu), t_s, gpu, *msgspec.structs.astuple(readings))
+        self._last_s = t_s
+        if self._gpus.num_rows >= FULL_ROWS:
+            self._flush()
+
+    def instances(
+        self, t_s: float, instance: Any, readings: InstanceReadings, outstanding_tokens: Any
+    ) -> None:
+        """A node's instances, and how many tokens the coordinator holds each to have ahead."""
+        self._instances.append(
+            len(instance), t_s, instance, *msgspec.structs.astuple(readings), outstanding_tokens
+        )
+        if self._instances.num_rows >= FULL_ROWS:
+            self._flush()
+
+    def tenants(self, t_s: float, tenant: Any, readings: TenantReadings) -> None:
+        """A node's memory tenants."""
+        self._tenants.append(len(tenant), t_s, tenant, *msgspec.structs.astuple(readings))
+        if self._tenants.num_rows >= FULL_ROWS:
+            self._flush()
+
+    def rows(self, t_s: float, draw_w: Floats, instant_w: Floats, budget_w: Floats) -> None:
+        """Draw of every row, in the order of ``view.rows``."""
+        self.tables["rows"].append(
+            len(draw_w), t_s, range(len(draw_w)), draw_w, instant_w, budget_w
+        )
+        self._last_s = t_s
+
+    def itl(self, t_s: float, instance: int, bins: Any, counts: Any) -> None:
+        """Gaps between tokens of an instance since the last call, by `tables.itl_bin`."""
+        self.tables["itl"].append(len(bins), t_s, instance, bins, counts)
+
+    # Control.
+
+    def view(self, step: int, view: View) -> None:
+        """What the policies are shown at a control tick. A no-op unless ``record.views``."""
+        if not self.spec.record.views:
+            return
+        now_s = view.now_s
+        count = len(view.rows.name)
+        self.tables["view_rows"].append(count, step, now_s, range(count), view.rows.budget_w)
+        self._view("view_gpus", step, now_s, view.gpus, _VIEW_GPUS)
+        self._view("view_instances", step, now_s, view.instances, _VIEW_INSTANCES)
+        self._view("view_tenants", step, now_s, view.tenants, _VIEW_TENANTS)
+
+    def _view(self, table: str, step: int, now_s: float, columns: Any, names: list[str]) -> None:
+        count = len(columns.name)
+        if count:
+            values = (getattr(columns, name) for name in names)
+            writer = self.tables[table]
+            writer.append(count, step, now_s, range(count), *values)
+            if writer.num_rows >= FULL_ROWS:
+                self._flush()
+
+    def step(
+        self, step: int, now_s: float, policy_index: int, policy: str, num_commands: int
+    ) -> None:
+        """A policy was stepped. Call after its `command` rows."""
+        self.tables["steps"].append(1, step, now_s, policy_index, policy, num_commands)
+
+    def command(
+        self,
+        t_s: float,
+        step: int,
+        policy_index: int,
+        policy: str,
+        precedence: str,
+        ordinal: int,
+        command: Command,
+        outcome: str | Sequence[str],
+        winner: str | Sequence[str] = "",
+    ) -> None:
+        """What a policy asked for, to the letter, and what the arbiter made of it.
+
+        ``outcome`` (sent, unchanged, overruled) and ``winner`` (the policy that overruled) are one
+        word for all targets or one for each. ``ordinal`` counts the policy's commands in the step;
+        -1 marks an outcome that became known later (refused, expired) and is no proposal.
+        """
+        kind, target, value = flatten(command)
+        names = self._names[kind]
+        self.tables["commands"].append(
+            len(target),
+            t_s,
+            step,
+            policy_index,
+            policy,
+            precedence,
+            ordinal,
+            kind,
+            target,
+            [names[index] for index in target],
+            value,
+            outcome,
+            winner,
+            command.why,
+        )
+
+    def event(self, t_s: float, level: str, source: str, kind: str, text: str) -> None:
+        """Something worth a line: node joined or lost, lease expired, drift, breach, late."""
+        self.tables["events"].append(1, t_s, level, source, kind, text)
+
+    def lateness(
+        self,
+        source: str,
+        t_s: float,
+        late_p50_s: float,
+        late_p99_s: float,
+        late_max_s: float,
+        events: int,
+        missed: int,
+    ) -> None:
+        """How late a loop has run so far; the last row of a source counts."""
+        self.tables["lateness"].append(
+            1, source, t_s, late_p50_s, late_p99_s, late_max_s, events, missed
+        )
+
+    # To disk.
+
+    def flush(self, now_s: float | None = None) -> None:
+        """Hand all buffered rows to the operating system, unless that was just done."""
+        if now_s is not None:
+            self._last_s = now_s
+        if time.monotonic() - self._flushed >= FLUSH_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        for writer in self.tables.values():
+            writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(
+        self, exit_status: str = "ok", *, error: str = "", duration_s: float | None = None
+    ) -> None:
+        """End the recording: Parquet files, and the last facts of the manifest."""
+        if self._closed:
+            return
+        self._closed = True
+        for held in self._held.values():
+            self._put_gpus(*held)
+        wall_s = time.monotonic() - self._started
+        for writer in self.tables.values():
+            writer.close()
+        _streams_to_parquet(self.folder)
+        self.manifest |= {
+            "exit_status": exit_status,
+            "error": error,
+            "ended_utc": utc_now(),
+            "wall_s": wall_s,
+            "duration_s": self._last_s if duration_s is None else duration_s,
+        }
+        write_json(self.folder / "manifest.json", self.manifest)
+        os.close(self._lock)
+
+
+def finalise(folder: Path | str) -> None:
+    """Close a recording whose process was killed. Does nothing to one that is closed.
+
+    Raises:
+        RecordingError: it is no recording, or it is still being written.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RecordingError(f"recording {folder}: no readable manifest.json: {error}") from None
+    with _map_os_errors(folder):
+        lock = lock_folder(folder)
+        try:
+            _streams_to_parquet(folder)
+            if manifest.get("exit_status") == "running":
+                manifest["exit_status"] = "killed"
+                write_json(folder / "manifest.json", manifest)
+        finally:
+            os.close(lock)
+
+
+def new_run_folder(out: Path | str, name: str) -> Path:
+    """A folder not yet there, named by time and run: ``runs/20260102-030405-name``."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(out) / f"{stamp}-{name}"
+    for again in range(2, 1000):
+        with _map_os_errors(folder), contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+        folder = Path(out) / f"{stamp}-{name}-{again}"
+    raise RecordingError(f"recording {folder}: no free name")
+
+
+def write_summary(folder: Path | str, summary: Mapping[str, Any]) -> None:
+    """summary.json of a recording; replaces one that is there."""
+    with _map_os_errors(Path(folder)):
+        write_json(Path(folder) / "summary.json", summary)
+
+
+# Parquet.
+
+
+def read_stream(path: Path) -> tuple[Any, Iterator[Any]]:
+    """Schema and batches of a stream, up to where it was cut off. No schema if cut off there.
+
+    >>> read_stream(Path("no/such.arrows"))[0] is None
+    True
+    """
+    try:
+        reader = pa.ipc.open_stream(pa.memory_map(str(path)))
+    except (pa.ArrowInvalid, OSError):
+        return None, iter(())
+    return reader.schema, _batches(reader)
+
+
+def _batches(reader: Any) -> Iterator[Any]:
+    while True:
+        try:
+            yield reader.read_next_batch()
+        except (StopIteration, pa.ArrowInvalid, OSError):
+            return
+
+
+def _streams_to_parquet(folder: Path) -> None:
+    for stream in sorted(folder.glob("*.arrows")):
+        _to_parquet(stream, stream.with_suffix(".parquet"))
+        stream.unlink()
+
+
+def _to_parquet(stream: Path, target: Path) -> None:
+    schema, batches = read_stream(stream)
+    if schema is None:
+        return
+    part = target.with_suffix(".parquet.part")
+    # Everything that a later pyarrow might choose differently is said here.
+    with pq.ParquetWriter(
+        part,
+        schema,
+        compression="zstd",
+        compression_level=3,
+        version="2.6",
+        data_page_version="1.0",
+    ) as writer:
+        for rows in _regroup(schema, batches):
+            writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+    os.replace(part, target)
+
+
+def _regroup(schema: Any, batches: Iterator[Any]) -> Iterator[Any]:
+    """Tables of ROW_GROUP_ROWS rows and a rest, in one chunk each."""
+    held: list[Any] = []
+    count = 0
+    for batch in batches:
+        held.append(batch)
+        count += batch.num_rows
+        if count >= ROW_GROUP_ROWS:
+            rows = pa.Table.from_batches(held, schema=schema)
+            whole = count // ROW_GROUP_ROWS * ROW_GROUP_ROWS
+            for start in range(0, whole, ROW_GROUP_ROWS):
+                yield rows.slice(start, ROW_GROUP_ROWS).combine_chunks()
+            held = rows.slice(whole).to_batches()
+            count -= whole
+    if count:
+        yield pa.Table.from_batches(held, schema=schema).combine_chunks()
+
+
+# Manifest.
+
+
+def lock_folder(folder: Path) -> int:
+    """A file descriptor that holds the folder's lock.
+
+    Raises:
+        RecordingError: another process holds it, so the run is still going on.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RecordingError(f"recording {folder}: still being written") from None
+    return descriptor
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """A JSON file, replaced in one step: a reader sees the old one or the new one."""
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def utc_now() -> str:
+    """The wall clock, for the manifest."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _new_manifest(run_id: str, spec: RunSpec, meta: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "run_id": run_id,
+        "name": spec.name,
+        "mode": spec.mode,
+        "seed": spec.seed,
+        "exit_status": "running",
+        "error": "",
+        "started_utc": utc_now(),
+        "ended_utc": None,
+        "wall_s": None,
+        "duration_s": None,
+        "spec": msgspec.to_builtins(spec),
+        "meta": meta,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "host": {
+            "name": platform.node(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "argv": sys.argv[1:],
+        },
+        "git": git_commit(Path(__file__).resolve().parent),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def git_commit(start: Path) -> str | None:
+    """Commit checked out around ``start``, read without a child process; None outside of git."""
+    for folder in (start, *start.parents):
+        head = folder / ".git" / "HEAD"
+        if head.is_file():
+            break
+    else:
+        return None
+    text = head.read_text().strip()
+    if not text.startswith("ref: "):
+        return text
+    loose = head.parent / text[5:]
+    if loose.is_file():
+        return loose.read_text().strip()
+    packed = head.parent / "packed-refs"
+    lines = packed.read_text().splitlines() if packed.is_file() else []
+    return next((line.split()[0] for line in lines if line.endswith(text[5:])), None)
+
+
+@contextlib.contextmanager
+def _map_os_errors(folder: Path) -> Iterator[None]:
+    """Full disks and forbidden folders, in our own words."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordingError(f"recording {folder}: {error.strerror or error}") from None
