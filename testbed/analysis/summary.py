@@ -19,7 +19,7 @@ from testbed.analysis.latency import (
     read_requests,
 )
 from testbed.analysis.series import edges, grid
-from testbed.recorder.reader import Recording
+from testbed.recorder.reader import Recording, Source
 from testbed.recorder.writer import write_summary
 
 LATE_FRAC = 0.5
@@ -29,8 +29,9 @@ MISSED_FRAC = 0.01
 """... or when more than this share of its events missed their period."""
 
 
-def summarise(recording: Recording) -> dict[str, Any]:
+def summarise(source: Source) -> dict[str, Any]:
     """The summary object of a run."""
+    recording = Recording.open(source)
     requests = read_requests(recording)
     duration_s = run_duration_s(recording)
     because = invalid_because(recording)
@@ -69,8 +70,9 @@ def summarise(recording: Recording) -> dict[str, Any]:
     }
 
 
-def write(recording: Recording) -> dict[str, Any]:
+def write(source: Source) -> dict[str, Any]:
     """Make the summary and keep it as summary.json."""
+    recording = Recording.open(source)
     summary = summarise(recording)
     write_summary(recording.folder, summary)
     return summary

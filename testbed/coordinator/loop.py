@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from testbed.core.messages import (
     Ack,
     Bye,
     Envelope,
+    Gaps,
     Heartbeat,
     Hello,
     Lease,
@@ -46,6 +46,7 @@ from testbed.core.messages import (
 from testbed.core.spec import RunSpec
 from testbed.core.transport.base import Hub
 from testbed.core.view import (
+    Bools,
     Command,
     Controller,
     DrainInstance,
@@ -55,20 +56,8 @@ from testbed.core.view import (
     Router,
     SetMemoryLimit,
     SetPowerLimit,
-    View,
 )
-
-
-class Records(Protocol):
-    """Where the coordinator writes down what happened; `testbed.recorder` has the real one."""
-
-    def append(self, table: str, columns: dict[str, object]) -> None:
-        """Add rows, given as equally long columns, to a table."""
-        ...
-
-    def append_view(self, step: int, view: View) -> None:
-        """Keep what policies saw at a control step."""
-        ...
+from testbed.recorder.writer import Recorder
 
 
 @dataclass(slots=True)
@@ -109,7 +98,7 @@ class Coordinator:
         self,
         spec: RunSpec,
         hub: Hub,
-        records: Records,
+        records: Recorder,
         controllers: list[Controller],
         router: Router,
         *,
@@ -152,6 +141,7 @@ class Coordinator:
         self._step = 0
         self._beat_s = -np.inf
         self.stopping = False
+        records.cluster(self.view)
 
     # What nodes say.
 
@@ -179,6 +169,8 @@ class Coordinator:
             self._on_report(node, body, envelope.t_s, now_s)
         elif isinstance(body, Progress):
             self._on_progress(node, body, now_s)
+        elif isinstance(body, Gaps):
+            self._on_gaps(node, body, envelope.t_s)
         elif isinstance(body, Ack):
             self._on_ack(node, body, now_s)
         elif isinstance(body, Bye):
@@ -222,6 +214,8 @@ class Coordinator:
         tenants = self.layout.tenants
         tenants.guaranteed_bytes[node.tenants] = [t.guaranteed_bytes for t in hello.tenants]
         tenants.memory_bytes[node.tenants] = [t.memory_bytes for t in hello.tenants]
+        members = range(node.gpus.start, node.gpus.stop)
+        self._records.node_joined(now_s, members, hello.gpus, config.safe_power_limit_w)
         self._hub.send(
             node.name,
             Welcome(self._epoch, self._run_id, self._start_ns, self._boot_id, config),
@@ -254,17 +248,12 @@ class Coordinator:
         instances.preemptions_total[where] = report.instances.preemptions_total
         if node.tenants.stop > node.tenants.start:
             self._on_tenants(node, report, t_s)
-        self._records.append(
-            "gpus", {"t_s": t_s, "gpu": (place.start, place.stop), "readings": readings}
-        )
-        self._records.append(
-            "instances",
-            {
-                "t_s": t_s,
-                "instance": (where.start, where.stop),
-                "readings": report.instances,
-                "outstanding_tokens": instances.outstanding_tokens[where],
-            },
+        self._records.gpus(t_s, range(place.start, place.stop), readings)
+        self._records.instances(
+            t_s,
+            range(where.start, where.stop),
+            report.instances,
+            instances.outstanding_tokens[where],
         )
         if report.drift_total > node.drift_total:
             count = report.drift_total - node.drift_total
@@ -287,9 +276,17 @@ class Coordinator:
         tenants.t_s[who] = t_s
         for name in report.tenants.__struct_fields__:
             getattr(tenants, name)[who] = getattr(report.tenants, name)
-        self._records.append(
-            "tenants", {"t_s": t_s, "tenant": (who.start, who.stop), "readings": report.tenants}
-        )
+        self._records.tenants(t_s, range(who.start, who.stop), report.tenants)
+
+    def _on_gaps(self, node: Node, gaps: Gaps, t_s: float) -> None:
+        for local in sorted(set(gaps.instance)):
+            mine = [k for k, instance in enumerate(gaps.instance) if instance == local]
+            self._records.itl(
+                t_s,
+                node.instances.start + local,
+                [gaps.bin[k] for k in mine],
+                [gaps.count[k] for k in mine],
+            )
 
     def _on_progress(self, node: Node, progress: Progress, now_s: float) -> None:
         seen_s = self._observed_s(now_s)
@@ -317,17 +314,14 @@ class Coordinator:
         node.refused = ack.refused
 
     def _on_bye(self, node: Node, bye: Bye, now_s: float) -> None:
-        self._records.append(
-            "lateness",
-            {
-                "source": [node.name],
-                "t_s": [now_s],
-                "late_p50_s": [bye.late_p50_s],
-                "late_p99_s": [bye.late_p99_s],
-                "late_max_s": [bye.late_max_s],
-                "events": [bye.events_total],
-                "missed": [bye.missed_total],
-            },
+        self._records.lateness(
+            node.name,
+            now_s,
+            bye.late_p50_s,
+            bye.late_p99_s,
+            bye.late_max_s,
+            bye.events_total,
+            bye.missed_total,
         )
         if not self.stopping:
             self._lose(node, now_s, f"left: {bye.reason}")
@@ -357,9 +351,7 @@ class Coordinator:
         for local, config in enumerate(node.configs):
             index = node.instances.start + local
             broken = any(self.layout.gpus.lost[node.gpus.start + gpu] for gpu in config.gpus)
-            self.layout.instances.up[index] = (
-                node.live and not broken and not self._draining[index]
-            )
+            self.layout.instances.up[index] = node.live and not broken and not self._draining[index]
 
     # What clients ask.
 
@@ -429,26 +421,26 @@ class Coordinator:
         self._records.append(
             "requests",
             {
-                "request_id": [request.id],
-                "tenant": [request.tenant],
-                "slo_class": [request.slo_class],
-                "pool": [slo_class.pool],
-                "instance": [entry.instance],
-                "arrival_s": [request.arrival_s],
-                "routed_s": [entry.routed_s],
-                "first_token_s": [entry.first_token_s],
-                "first_token_seen_s": [entry.first_token_seen_s],
-                "finished_s": [t_s],
-                "finished_seen_s": [seen_s],
-                "prompt_tokens": [request.prompt_tokens],
-                "image_tokens": [request.image_tokens],
-                "num_images": [request.num_images],
-                "output_tokens": [request.output_tokens],
-                "preemptions": [preemptions],
-                "attempts": [entry.attempts],
-                "status": [status],
-                "ttft_limit_s": [slo_class.ttft_s],
-                "tpot_limit_s": [slo_class.tpot_s],
+                "request_id": request.id,
+                "tenant": request.tenant,
+                "slo_class": request.slo_class,
+                "pool": slo_class.pool,
+                "instance": entry.instance,
+                "arrival_s": request.arrival_s,
+                "routed_s": entry.routed_s,
+                "first_token_s": entry.first_token_s,
+                "first_token_seen_s": entry.first_token_seen_s,
+                "finished_s": t_s,
+                "finished_seen_s": seen_s,
+                "prompt_tokens": request.prompt_tokens,
+                "image_tokens": request.image_tokens,
+                "num_images": request.num_images,
+                "output_tokens": request.output_tokens,
+                "preemptions": preemptions,
+                "attempts": entry.attempts,
+                "status": status,
+                "ttft_limit_s": slo_class.ttft_s,
+                "tpot_limit_s": slo_class.tpot_s,
             },
         )
 
@@ -461,23 +453,28 @@ class Coordinator:
             return
         self.view.now_s = now_s
         self._step += 1
-        self._records.append_view(self._step, self.view)
-        said: list[tuple[int, Command]] = []
+        self._records.view(self._step, self.view)
+        said: list[tuple[int, int, Command]] = []
         for index in due:
             controller = self._controllers[index]
             self._next_step_s[index] = now_s + controller.period_s
-            for command in controller.step(self.view):
-                self._hear(index, command, now_s)
-                said.append((index, command))
+            commands = controller.step(self.view)
+            for ordinal, command in enumerate(commands):
+                self._hear(index, command)
+                said.append((index, ordinal, command))
         if said:
             self._settle(said, now_s)
+        for index in due:
+            count = sum(policy == index for policy, _, _ in said)
+            use = self.spec.policy[index].use
+            self._records.step(self._step, now_s, index, use, count)
 
     @property
     def next_control_s(self) -> float:
         """When the next policy wants to step."""
         return min(self._next_step_s, default=float("inf"))
 
-    def _hear(self, policy: int, command: Command, now_s: float) -> None:
+    def _hear(self, policy: int, command: Command) -> None:
         """Check a command and enter its claims."""
         gpus = self.layout.gpus
         if isinstance(command, SetPowerLimit):
@@ -494,9 +491,7 @@ class Coordinator:
         elif isinstance(command, DrainInstance):
             self._checked(policy, command.instances, 0.0, self.layout.instances.name)
         else:
-            raise PolicyError(
-                f"policy {self.spec.policy[policy].use!r}: {command!r} is no command"
-            )
+            raise PolicyError(f"policy {self.spec.policy[policy].use!r}: {command!r} is no command")
 
     def _checked(
         self, policy: int, targets: Ints, values: Floats | float, names: tuple[str, ...]
@@ -510,7 +505,7 @@ class Coordinator:
             raise PolicyError(f"policy {use!r}: value {column.tolist()} must be finite and >= 0")
         return targets, column
 
-    def _settle(self, said: list[tuple[int, Command]], now_s: float) -> None:
+    def _settle(self, said: list[tuple[int, int, Command]], now_s: float) -> None:
         """Resolve all claims, tell the nodes whose limits change, and write down who asked."""
         gpus = self.layout.gpus
         limit_w, power_winner = self._power.resolve(self._default_w)
@@ -524,42 +519,31 @@ class Coordinator:
         power_changed = limit_w != self._limit_w
         clock_changed = lock_mhz != self._lock_mhz
         self._limit_w, self._lock_mhz = limit_w, lock_mhz
-        for policy, command in said:
-            if isinstance(command, SetPowerLimit):
-                targets, values = self._checked(
-                    policy, command.gpus, command.power_limit_w, gpus.name
-                )
-                won = (power_winner[targets] == policy) | (power_winner[targets] == -1)
-                self._record_command(
-                    now_s, policy, "power_limit", targets, values, command.why,
-                    won, power_changed[targets], power_winner[targets],
-                )  # fmt: skip
-            elif isinstance(command, LockClocks):
-                targets, values = self._checked(
-                    policy, command.gpus, command.sm_clock_mhz, gpus.name
-                )
-                won = (clock_winner[targets] == policy) | (clock_winner[targets] == -1)
-                self._record_command(
-                    now_s, policy, "sm_clock_lock", targets, values, command.why,
-                    won, clock_changed[targets], clock_winner[targets],
-                )  # fmt: skip
+        for policy, ordinal, command in said:
+            if isinstance(command, SetPowerLimit | LockClocks):
+                power = isinstance(command, SetPowerLimit)
+                winner = (power_winner if power else clock_winner)[command.gpus]
+                moved = (power_changed if power else clock_changed)[command.gpus]
+                self._record_command(now_s, policy, ordinal, command, moved, winner)
             elif isinstance(command, SetMemoryLimit):
-                self._limit_memory(policy, command, now_s)
+                moved = self._limit_memory(policy, command, now_s)
+                self._record_command(now_s, policy, ordinal, command, moved)
             else:
-                self._drain(policy, command, now_s)
+                moved = self._drain(policy, command, now_s)
+                self._record_command(now_s, policy, ordinal, command, moved)
         for index in np.unique(gpus.node[changed]):
             node = self.layout.nodes[index]
             if node.live:
                 self._lease(node, now_s)
 
-    def _limit_memory(self, policy: int, command: SetMemoryLimit, now_s: float) -> None:
+    def _limit_memory(self, policy: int, command: SetMemoryLimit, now_s: float) -> Bools:
         tenants = self.layout.tenants
         targets, values = self._checked(
             policy, command.tenants, command.memory_limit_bytes, tenants.name
         )
         # The guaranteed part is not a policy's to take, whatever it says.
         values = np.clip(values, tenants.guaranteed_bytes[targets], tenants.memory_bytes[targets])
-        changed = values != tenants.limit_bytes[targets]
+        changed: Bools = values != tenants.limit_bytes[targets]
         for index in np.unique(tenants.node[targets[changed]]):
             node = self.layout.nodes[index]
             mine = changed & (tenants.node[targets] == index)
@@ -567,60 +551,47 @@ class Coordinator:
                 local = (targets[mine] - node.tenants.start).tolist()
                 limits = [int(value) for value in values[mine]]
                 self._hub.send(node.name, TenantLimits(local, limits), now_s)
-        self._record_command(
-            now_s, policy, "memory_limit", targets, values, command.why,
-            np.ones(len(targets), np.bool_), changed, np.full(len(targets), policy),
-        )  # fmt: skip
+        return changed
 
-    def _drain(self, policy: int, command: DrainInstance, now_s: float) -> None:
+    def _drain(self, policy: int, command: DrainInstance, now_s: float) -> Bools:
         instances = self.layout.instances
         targets, _ = self._checked(policy, command.instances, 0.0, instances.name)
-        changed = self._draining[targets] != command.drain
+        changed: Bools = self._draining[targets] != command.drain
         self._draining[targets] = command.drain
         for index in np.unique(instances.node[targets]):
             self._refresh_up(self.layout.nodes[index])
-        self._record_command(
-            now_s, policy, "drain", targets, np.full(len(targets), float(command.drain)),
-            command.why, np.ones(len(targets), np.bool_), changed, np.full(len(targets), policy),
-        )  # fmt: skip
         if not command.drain:
             self._release_held(now_s)
+        return changed
 
     def _record_command(
         self,
         now_s: float,
         policy: int,
-        kind: str,
-        targets: Ints,
-        values: Floats,
-        why: str,
-        won: np.ndarray,
-        changed: np.ndarray,
-        winner: Ints,
+        ordinal: int,
+        command: Command,
+        moved: Bools,
+        winner: Ints | None = None,
     ) -> None:
-        names = {
-            "memory_limit": self.layout.tenants.name,
-            "drain": self.layout.instances.name,
-        }.get(kind, self.layout.gpus.name)
+        """Write down what became of a command; a ``winner`` of -1 means that nobody claims it."""
+        outcome = np.where(moved, "sent", "unchanged")
+        names: list[str] | str = ""
         uses = [p.use for p in self.spec.policy]
-        count = len(targets)
-        outcome = np.where(won, np.where(changed, "sent", "unchanged"), "overruled")
+        if winner is not None:
+            winner, outcome = np.atleast_1d(winner), np.atleast_1d(outcome)
+            outcome = np.where((winner == policy) | (winner == -1), outcome, "overruled")
+            names = [uses[w] if w >= 0 else "" for w in winner]
         self.commands_total += int((outcome == "sent").sum())
-        self._records.append(
-            "commands",
-            {
-                "t_s": [now_s] * count,
-                "step": [self._step] * count,
-                "policy_index": [policy] * count,
-                "policy": [uses[policy]] * count,
-                "precedence": [self.spec.policy[policy].precedence] * count,
-                "kind": [kind] * count,
-                "target": [names[i] for i in targets],
-                "value": values,
-                "outcome": outcome.tolist(),
-                "why": [why] * count,
-                "winner": [uses[w] if w >= 0 else "" for w in winner],
-            },
+        self._records.command(
+            now_s,
+            self._step,
+            policy,
+            uses[policy],
+            self.spec.policy[policy].precedence,
+            ordinal,
+            command,
+            outcome.tolist(),
+            names,
         )
 
     def _lease(self, node: Node, now_s: float) -> None:
@@ -663,15 +634,11 @@ class Coordinator:
         stale_s = self.spec.control.stale_s
         fresh = now_s - gpus.t_s <= stale_s
         instant_w = np.where(fresh, gpus.power_instant_w, gpus.power_limit_enforced_w)
-        self._records.append(
-            "rows",
-            {
-                "t_s": [now_s] * count,
-                "row": range(count),
-                "draw_w": np.bincount(gpus.row, gpus.draw_w(now_s, stale_s), count),
-                "instant_w": np.bincount(gpus.row, instant_w, count),
-                "budget_w": rows.budget_w,
-            },
+        self._records.rows(
+            now_s,
+            np.bincount(gpus.row, gpus.draw_w(now_s, stale_s), count).astype(np.float64),
+            np.bincount(gpus.row, instant_w, count).astype(np.float64),
+            rows.budget_w,
         )
 
     # The end.
@@ -691,7 +658,4 @@ class Coordinator:
                 self._hub.send(node.name, Stop(reason), now_s)
 
     def _event(self, now_s: float, level: str, source: str, kind: str, text: str) -> None:
-        self._records.append(
-            "events",
-            {"t_s": [now_s], "level": [level], "source": [source], "kind": [kind], "text": [text]},
-        )
+        self._records.event(now_s, level, source, kind, text)

@@ -249,6 +249,15 @@ class Progress(_Wire, frozen=True, tag=True):
     preemptions: list[int]
 
 
+class Gaps(_Wire, frozen=True, tag=True):
+    """Inter-token gaps since the last word, as counts per instance and histogram bin."""
+
+    instance: list[int]
+    bin: list[int]
+    """Bin b holds gaps from 0.1 ms * 1.02**b up."""
+    count: list[int]
+
+
 # Control.
 
 
@@ -291,6 +300,7 @@ Body = (
     | Report
     | Submit
     | Progress
+    | Gaps
     | Lease
     | TenantLimits
     | Ack

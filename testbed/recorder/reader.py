@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 import msgspec
 import numpy as np
@@ -25,6 +25,9 @@ from testbed.core.spec import RunSpec
 from testbed.recorder.tables import FORMAT, TABLES
 from testbed.recorder.writer import lock_folder, read_stream
 
+Source = Union["Recording", Path, str]
+"""What functions that read a recording take: an open one, or its folder."""
+
 
 class Recording:
     """A run folder, as tables. Make one with `Recording.open`."""
@@ -34,12 +37,14 @@ class Recording:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, folder: Path | str) -> Recording:
-        """The recording in ``folder``.
+    def open(cls, folder: Source) -> Recording:
+        """The recording in ``folder``; one that is open already is given back.
 
         Raises:
             RecordingError: there is none, or it is of another version.
         """
+        if isinstance(folder, Recording):
+            return folder
         folder = Path(folder)
         if not folder.is_dir():
             raise RecordingError(f"recording {folder}: no such folder")
@@ -121,16 +126,21 @@ class Recording:
     def columns(self, name: str, *columns: str) -> dict[str, NDArray[Any]]:
         """Columns of a table as NumPy arrays; names as an array of objects."""
         found = self.table(name, columns or None)
-        return {
-            column: found[column].to_numpy(zero_copy_only=False)
-            if not pa.types.is_dictionary(found.schema.field(column).type)
-            else np.asarray(found[column].cast(pa.string()).to_pylist(), object)
-            for column in found.column_names
-        }
+        return {column: _to_numpy(found[column]) for column in found.column_names}
 
     def units(self, name: str) -> dict[str, str]:
         """Unit of each column of a table."""
         return {f.name: f.metadata[b"unit"].decode() for f in self.table(name).schema}
+
+
+def _to_numpy(column: Any) -> NDArray[Any]:
+    if not pa.types.is_dictionary(column.type):
+        return np.asarray(column.to_numpy(zero_copy_only=False))
+    parts = [
+        np.asarray(chunk.dictionary.to_pylist(), object)[chunk.indices.to_numpy()]
+        for chunk in column.chunks
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, object)
 
 
 def _read_stream(path: Path) -> Any:

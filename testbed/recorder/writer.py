@@ -95,7 +95,8 @@ class TableWriter:
             value = values[place]
             texts.extend([value] * count if isinstance(value, str) else value)
             if len(texts) != end:
-                del texts[start:]
+                for _, others in self._texts:
+                    del others[start:]
                 raise ValueError(
                     f"table {self.table.name}: {self._names[place]} needs {count} rows"
                 )

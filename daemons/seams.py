@@ -1,0 +1,143 @@
+"""What a node daemon needs of the things it is given: signatures only.
+
+The rig hands in what answers them: real devices or emulated ones, a real engine or an emulated one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from testbed.core.messages import (
+    GpuInfo,
+    GpuReadings,
+    InstanceConfig,
+    InstanceReadings,
+    Request,
+    TenantInfo,
+    TenantReadings,
+)
+
+
+class GpuDevice(Protocol):
+    """The GPUs of a node, in one order for its whole life."""
+
+    def infos(self) -> list[GpuInfo]:
+        """What does not change, per GPU. Command line: ``nvidia-smi -q``."""
+        ...
+
+    def read(self) -> GpuReadings:
+        """All readings now. A lost GPU reads zero and says ``lost``."""
+        ...
+
+    def power_limits_w(self) -> list[float]:
+        """The limits that were asked for last, by anybody.
+
+        Command line: ``nvidia-smi --query-gpu=power.limit``.
+        """
+        ...
+
+    def set_power_limit(self, index: int, power_limit_w: float) -> None:
+        """Ask for a limit. Command line: ``nvidia-smi -i INDEX -pl WATTS``.
+
+        Raises:
+            DeviceError: refused (privilege, range) or the GPU is lost.
+        """
+        ...
+
+    def set_clock_lock(self, index: int, sm_clock_mhz: float) -> None:
+        """Keep the SM clock at or below a value; 0 unlocks. ``nvidia-smi -i INDEX -lgc 0,MHZ``.
+
+        Raises:
+            DeviceError: as for `set_power_limit`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the driver."""
+        ...
+
+
+class ServingEvent(Protocol):
+    """What became of a request; `emulators.engine.Event` is one."""
+
+    @property
+    def request_id(self) -> int:
+        """As submitted."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """``first_token``, ``finished`` or ``rejected``."""
+        ...
+
+    @property
+    def t_s(self) -> float:
+        """When, on the run's clock."""
+        ...
+
+    @property
+    def preemptions(self) -> int:
+        """How often it was preempted so far."""
+        ...
+
+
+class Serving(Protocol):
+    """The instances on a node: told the time, asked when something happens next."""
+
+    def configure(self, instances: list[InstanceConfig], t_s: float) -> None:
+        """Load these models.
+
+        Raises:
+            DeviceError: a model is unknown or does not fit.
+        """
+        ...
+
+    def submit(self, instance: int, request: Request, t_s: float) -> None:
+        """Give a request to an instance."""
+        ...
+
+    def advance_to(self, t_s: float) -> None:
+        """Let happen what is due by ``t_s``."""
+        ...
+
+    @property
+    def next_event_s(self) -> float:
+        """When the next thing happens by itself; infinite when idle."""
+        ...
+
+    def drain_events(self) -> Sequence[ServingEvent]:
+        """What happened since the last call, in order of time per instance."""
+        ...
+
+    def drain_gaps(self) -> list[tuple[int, int, int]]:
+        """Inter-token gaps since the last call: (instance, histogram bin, count)."""
+        ...
+
+    def read(self, t_s: float) -> InstanceReadings:
+        """Queue, batch and KV use of each instance."""
+        ...
+
+    def close(self) -> None:
+        """Stop serving."""
+        ...
+
+
+class TenantDevice(Protocol):
+    """The host-memory tenants of a node."""
+
+    def infos(self) -> list[TenantInfo]:
+        """Names and sizes."""
+        ...
+
+    def read(self, now_s: float) -> TenantReadings:
+        """All readings now."""
+        ...
+
+    def set_limit(self, tenant: int, memory_limit_bytes: int) -> None:
+        """Let a tenant hold at most so much; returns at once, acts when the kernel is done."""
+        ...
+
+    def close(self) -> None:
+        """End the tenants and remove what was made for them."""
+        ...

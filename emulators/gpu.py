@@ -1,0 +1,250 @@
+"""A bank of emulated GPUs whose loop is closed, advanced as arrays.
+
+Load and clock give power, power gives heat, and the enforced cap and the temperature give the clock
+at which the next work runs. One `GpuBank` holds any number of GPUs of one model: 8 on a live node,
+all of a virtual fleet.
+
+What NVML shows of it is kept in a `GpuState`: measured values are written there each tick, and the
+limits and clock locks that clients set are read from there. Semantics follow nvml.h:
+
+- instant power is that of the last tick; average power is the mean of the last second on H100 and
+  equal to the instant value on A100 (GA100 does not average);
+- energy is the integral of instant power, in millijoules, and never falls;
+- the enforced limit is the lower of the requested and any out-of-band limit;
+- the software-power-cap reason is set if and only if demand, the power that the present work would
+  draw at the clock asked for, exceeds the enforced limit; thermal reasons above their thresholds;
+  the idle reason while no kernel runs.
+
+The cap controller moves the clock towards the highest one whose power fits, with a reaction time:
+until it has reacted, power stands above the limit, as it does on a real board.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+
+import numpy as np
+
+from emulators.power import clock_for_limit, demand_w, power_w
+from emulators.profiles import GpuProfile
+from emulators.state import MAX_PROCESSES, GpuState
+from emulators.thermal import Thermal
+from testbed.core.view import Bools, Floats, Ints
+
+IDLE = 0x1
+CLOCK_LOCK = 0x2
+SW_POWER_CAP = 0x4
+SW_THERMAL = 0x20
+HW_THERMAL = 0x40
+
+_CUDA = {7: (8, 0), 9: (9, 0), 10: (10, 0)}
+"""CUDA compute capability by NVML architecture number."""
+_THERMAL_STEP_PER_S = 0.25
+"""How fast thermal slowdown lowers the clock, as a share per second (assumed)."""
+_COOL_C = 3.0
+"""Degrees under the threshold at which thermal slowdown lets go (assumed)."""
+
+
+class GpuBank:
+    """GPUs of one model, advanced together.
+
+    Args:
+        profile: constants of the model.
+        state: where NVML's view of the GPUs is kept; its size is the bank's.
+        inlet_c: air temperature at the inlets, one number or one per GPU.
+        offset_c: how much warmer each GPU runs than the profile's mean one.
+        first_uuid: number from which the GPUs' UUIDs count up.
+    """
+
+    def __init__(
+        self,
+        profile: GpuProfile,
+        state: GpuState,
+        *,
+        inlet_c: float | Floats = 24.0,
+        offset_c: float | Floats = 0.0,
+        first_uuid: int = 0x7E57BED,
+    ) -> None:
+        self.profile = profile
+        self.state = state
+        count = len(state.measured)
+        self.count = count
+        self._first_uuid = first_uuid
+        self.inlet_c: Floats = np.broadcast_to(np.asarray(inlet_c, float), (count,)).copy()
+        offsets_c = np.broadcast_to(np.asarray(offset_c, float), (count,)).copy()
+        self.thermal = Thermal(profile, count, inlet_c=self.inlet_c, offset_c=offsets_c)
+        self.clock_frac: Floats = np.ones(count)
+        """SM clock at which work runs, over the highest one."""
+        self.power_w: Floats = np.full(count, profile.idle_w)
+        self.demand_w: Floats = self.power_w.copy()
+        """What the present work would draw at the clock asked for."""
+        self.enforced_w: Floats = np.full(count, profile.power_limit_default_w)
+        # The driver outlives the daemon: a re-attached state goes on counting.
+        self.energy_j: Floats = state.measured["energy_mj"].astype(float) / 1000
+        self._thermal_frac: Floats = np.ones(count)
+        self._history: deque[tuple[float, Floats]] = deque()
+        self._time_s = 0.0
+        self._smallest_frac = profile.sm_clock_min_mhz / profile.sm_clock_max_mhz
+        self._step_frac = profile.sm_clock_step_mhz / profile.sm_clock_max_mhz
+        self._introduce()
+        zero = np.zeros(count)
+        self._publish(0.0, zero, zero, np.ones(count, np.bool_), np.full(count, IDLE))
+
+    def _introduce(self) -> None:
+        """Write what does not change, and default limits where a client has set none yet."""
+        profile, measured, control = self.profile, self.state.measured, self.state.control
+        low_w, high_w = profile.power_limit_range_w
+        with self.state.writing():
+            for index in range(self.count):
+                if measured["uuid"][index] == b"":
+                    measured["uuid"][index] = f"GPU-{uuid.UUID(int=self._first_uuid + index)}"
+                    measured["pci_bus_id"][index] = f"00000000:{index % 256:02X}:00.0"
+            measured["name"] = profile.full_name
+            measured["architecture"] = profile.architecture
+            measured["cuda_major"], measured["cuda_minor"] = _CUDA.get(profile.architecture, (0, 0))
+            measured["memory_total_bytes"] = profile.memory_bytes
+            measured["memory_reserved_bytes"] = profile.memory_reserved_bytes
+            measured["memory_used_bytes"] = measured["num_processes"] = 0
+            measured["power_limit_min_mw"] = round(low_w * 1000)
+            measured["power_limit_max_mw"] = round(high_w * 1000)
+            measured["power_limit_default_mw"] = round(profile.power_limit_default_w * 1000)
+            measured["sm_clock_min_mhz"] = round(profile.sm_clock_min_mhz)
+            measured["sm_clock_max_mhz"] = round(profile.sm_clock_max_mhz)
+            measured["sm_clock_step_mhz"] = round(profile.sm_clock_step_mhz)
+            measured["mem_clock_mhz"] = round(profile.mem_clock_mhz)
+            measured["temp_slowdown_c"] = round(profile.temp_slowdown_c)
+            measured["temp_shutdown_c"] = round(profile.temp_shutdown_c)
+            unset = control["power_limit_mw"] == 0
+            control["power_limit_mw"][unset] = round(profile.power_limit_default_w * 1000)
+
+    def advance(
+        self, dt_s: float, busy_frac: Floats, tensor_frac: Floats, hbm_frac: Floats
+    ) -> None:
+        """Let ``dt_s`` pass in which the GPUs did this work at their present clocks.
+
+        Args:
+            dt_s: length of the tick, seconds.
+            busy_frac: share of the tick in which any kernel ran.
+            tensor_frac: operations done over those at peak rate, mean over the tick.
+            hbm_frac: bytes moved over those at peak bandwidth, mean over the tick.
+        """
+        profile, control = self.profile, self.state.control
+        self.power_w = power_w(profile, self.clock_frac, busy_frac, tensor_frac, hbm_frac)
+        self.energy_j += self.power_w * dt_s
+        self._time_s += dt_s
+        temp_c = self.thermal.advance(dt_s, self.power_w, self.inlet_c)
+
+        requested_w = control["power_limit_mw"] / 1000
+        out_of_band_w = self.state.measured["power_limit_oob_mw"] / 1000
+        self.enforced_w = np.where(
+            out_of_band_w > 0, np.minimum(requested_w, out_of_band_w), requested_w
+        )
+        asked_frac = self._asked(temp_c, dt_s)
+        activity = (busy_frac, tensor_frac, hbm_frac, self.clock_frac)
+        self.demand_w = demand_w(profile, asked_frac, *activity)
+        capped = self.demand_w > self.enforced_w
+        fits_frac = clock_for_limit(profile, self.enforced_w, *activity)
+        target_frac = np.where(capped, np.minimum(fits_frac, asked_frac), asked_frac)
+        # Down to whole steps: the board picks the next clock below.
+        target_frac = np.maximum(
+            np.floor(target_frac / self._step_frac + 1e-9) * self._step_frac, self._smallest_frac
+        )
+        reaction = 1.0 - np.exp(-dt_s / profile.cap_reaction_s)
+        moved = self.clock_frac + (target_frac - self.clock_frac) * reaction
+        moved = np.round(moved / self._step_frac) * self._step_frac
+        near = np.abs(moved - target_frac) < 2 * self._step_frac
+        self.clock_frac = np.clip(np.where(near, target_frac, moved), self._smallest_frac, 1.0)
+
+        idle = busy_frac <= 0.0
+        lock_mhz = control["sm_clock_lock_max_mhz"]
+        reasons = np.where(idle, IDLE, 0)
+        reasons |= np.where(capped, SW_POWER_CAP, 0)
+        locked = (lock_mhz > 0) & (lock_mhz < profile.sm_clock_max_mhz)
+        reasons |= np.where(locked & ~idle, CLOCK_LOCK, 0)
+        reasons |= np.where(self._thermal_frac < 1.0, SW_THERMAL, 0)
+        reasons |= np.where(temp_c >= profile.temp_shutdown_c, HW_THERMAL, 0)
+        self._publish(dt_s, busy_frac, hbm_frac, idle, reasons)
+
+    def _asked(self, temp_c: Floats, dt_s: float) -> Floats:
+        """The clock that would run without a power cap: locks and heat."""
+        profile = self.profile
+        hot = temp_c >= profile.temp_slowdown_c
+        cool = temp_c < profile.temp_slowdown_c - _COOL_C
+        if hot.any() or (self._thermal_frac < 1.0).any():
+            step = _THERMAL_STEP_PER_S * dt_s
+            moved = np.where(hot, self._thermal_frac - step, self._thermal_frac)
+            moved = np.where(cool, moved + step, moved)
+            self._thermal_frac = np.clip(moved, self._smallest_frac, 1.0)
+        lock_mhz = self.state.control["sm_clock_lock_max_mhz"]
+        lock_frac = np.where(lock_mhz > 0, lock_mhz / profile.sm_clock_max_mhz, 1.0)
+        return np.minimum(np.minimum(lock_frac, 1.0), self._thermal_frac)
+
+    def _publish(
+        self,
+        dt_s: float,
+        busy_frac: Floats,
+        hbm_frac: Floats,
+        idle: Bools,
+        reasons: Ints,
+    ) -> None:
+        """Write what NVML shows, in its units and rounding."""
+        profile, measured = self.profile, self.state.measured
+        history = self._history
+        history.append((self._time_s, self.energy_j.copy()))
+        window_s = profile.power_average_s
+        while len(history) > 2 and history[1][0] <= self._time_s - window_s + 1e-9:
+            history.popleft()
+        then_s, then_j = history[0]
+        average_w = self.power_w
+        if window_s > 0 and self._time_s > then_s:
+            average_w = (self.energy_j - then_j) / (self._time_s - then_s)
+        clock_mhz = np.where(
+            idle, profile.sm_clock_idle_mhz, self.clock_frac * profile.sm_clock_max_mhz
+        )
+        with self.state.writing():
+            measured["power_instant_mw"] = np.rint(self.power_w * 1000)
+            measured["power_average_mw"] = np.rint(average_w * 1000)
+            measured["power_limit_enforced_mw"] = np.rint(self.enforced_w * 1000)
+            measured["energy_mj"] = self.energy_j * 1000
+            measured["sm_clock_mhz"] = np.rint(clock_mhz)
+            measured["temp_c"] = np.maximum(np.rint(self.thermal.temp_c), 0)
+            measured["mem_temp_c"] = np.maximum(np.rint(self.thermal.mem_temp_c), 0)
+            # Any kernel in the period counts: 0 is for none at all.
+            measured["gpu_util_pct"] = np.ceil(busy_frac * 100)
+            measured["mem_util_pct"] = np.minimum(np.ceil(hbm_frac * 100), 100)
+            measured["throttle"] = reasons
+            spent_ns = round(dt_s * 1e9)
+            if spent_ns:
+                measured["power_violation_ns"] += np.where(
+                    reasons & SW_POWER_CAP, spent_ns, 0
+                ).astype(np.uint64)
+                measured["thermal_violation_ns"] += np.where(
+                    reasons & (SW_THERMAL | HW_THERMAL), spent_ns, 0
+                ).astype(np.uint64)
+
+    def load(self, gpu: int, *, pid: int, used_bytes: int) -> None:
+        """A process takes memory on a GPU.
+
+        Raises:
+            ValueError: there is not so much left, or no room in the process table.
+        """
+        row = self.state.measured[gpu]
+        free = row["memory_total_bytes"] - row["memory_reserved_bytes"] - row["memory_used_bytes"]
+        if used_bytes > free:
+            raise ValueError(f"used_bytes = {used_bytes} exceeds the {int(free)} free on GPU {gpu}")
+        place = int(row["num_processes"])
+        if place >= MAX_PROCESSES:
+            raise ValueError(f"GPU {gpu} has {place} processes already")
+        with self.state.writing():
+            row["processes"][place] = (used_bytes, pid, 0)
+            row["num_processes"] = place + 1
+            row["memory_used_bytes"] += np.uint64(used_bytes)
+
+    def unload(self, gpu: int) -> None:
+        """All processes leave a GPU."""
+        row = self.state.measured[gpu]
+        with self.state.writing():
+            row["num_processes"] = 0
+            row["processes"] = 0
+            row["memory_used_bytes"] = 0

@@ -1,0 +1,263 @@
+"""Emulated servers: engines on a bank of emulated GPUs, joined so that the loop is closed.
+
+A `ServerBank` holds the GPUs and engines of one or many nodes. Its `tick` is where both sides meet:
+what the engines did since the last tick is the GPUs' activity; the clocks that follow from power
+and heat are what the engines run at until the next.
+
+Each node gets a `NodeServing` (its engines) and a `NodeGpus` (its GPUs as columns), which answer
+the node daemon's seams. `NodeGpus` gives the same values as asking for each GPU through NVML's
+names (tests/conformance), without a call per GPU: it serves virtual fleets.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+
+from emulators.engine import Engine, Event
+from emulators.gpu import GpuBank
+from emulators.models import ModelCard, load_model
+from emulators.state import GpuState
+from emulators.timing import IterationCost
+from testbed.core.errors import DeviceError, SpecError
+from testbed.core.messages import (
+    GpuInfo,
+    GpuReadings,
+    InstanceConfig,
+    InstanceReadings,
+    Request,
+)
+
+
+class NodeServing:
+    """The engines of one node; answers `daemons.seams.Serving`."""
+
+    def __init__(self, bank: GpuBank, first_gpu: int, num_gpus: int) -> None:
+        self._bank = bank
+        self._first_gpu = first_gpu
+        self._num_gpus = num_gpus
+        self.engines: list[Engine] = []
+        self.gpu_lists: list[list[int]] = []
+        """Indices into the bank of each engine's GPUs."""
+        self.preprocess_slowdown = 1.0
+
+    def configure(self, instances: list[InstanceConfig], t_s: float) -> None:
+        """Load these models at once. Cold starts are a policy's business, not a run's beginning.
+
+        Raises:
+            DeviceError: a model is unknown, does not fit, or wants GPUs that are not there.
+        """
+        for instance in instances:
+            try:
+                model = load_model(instance.model)
+                engine = build_engine(self._bank, model, instance)
+            except (SpecError, ValueError) as error:
+                raise DeviceError(f"instance {instance.name}: {error}") from None
+            if not all(0 <= gpu < self._num_gpus for gpu in instance.gpus):
+                raise DeviceError(
+                    f"instance {instance.name}: GPUs {instance.gpus}, the node has {self._num_gpus}"
+                )
+            engine.advance_to(t_s)
+            self.engines.append(engine)
+            members = [self._first_gpu + gpu for gpu in instance.gpus]
+            self.gpu_lists.append(members)
+            total = self._bank.profile.memory_bytes
+            used = int(total * instance.engine.gpu_memory_frac)
+            for gpu in members:
+                self._bank.load(gpu, pid=os.getpid(), used_bytes=used)
+
+    def submit(self, instance: int, request: Request, t_s: float) -> None:
+        """Give a request to an instance."""
+        engine = self.engines[instance]
+        engine.preprocess_slowdown = self.preprocess_slowdown
+        engine.submit(request, max(t_s, engine.now_s))
+
+    def advance_to(self, t_s: float) -> None:
+        """Let happen what is due by ``t_s``."""
+        for engine in self.engines:
+            if engine.next_event_s <= t_s:
+                engine.advance_to(t_s)
+
+    @property
+    def next_event_s(self) -> float:
+        """When the next block of iterations of any engine ends; infinite when idle."""
+        return min((engine.next_event_s for engine in self.engines), default=math.inf)
+
+    def drain_events(self) -> list[Event]:
+        """What happened since the last call."""
+        events: list[Event] = []
+        for engine in self.engines:
+            if engine.events:
+                events += engine.events
+                engine.events.clear()
+        return events
+
+    def drain_gaps(self) -> list[tuple[int, int, int]]:
+        """Inter-token gaps since the last call: (instance, histogram bin, count)."""
+        return [
+            (index, place, count)
+            for index, engine in enumerate(self.engines)
+            for place, count in sorted(engine.itl.drain().items())
+        ]
+
+    def read(self, t_s: float) -> InstanceReadings:
+        """Queue, batch and KV use of each engine."""
+        engines = self.engines
+        return InstanceReadings(
+            num_running=[engine.num_running for engine in engines],
+            num_waiting=[engine.num_waiting for engine in engines],
+            kv_used_frac=[engine.kv_used_blocks(t_s) / engine.kv_blocks for engine in engines],
+            prompt_tokens_total=[engine.prompt_tokens_total for engine in engines],
+            output_tokens_total=[engine.output_tokens_total(t_s) for engine in engines],
+            preemptions_total=[engine.preemptions_total for engine in engines],
+        )
+
+    def close(self) -> None:
+        """Unload the models."""
+        for members in self.gpu_lists:
+            for gpu in members:
+                self._bank.unload(gpu)
+
+
+def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> Engine:
+    """An engine for this model on the bank's kind of GPU.
+
+    Raises:
+        ValueError: the model does not fit into the memory of ``tp`` GPUs.
+    """
+    config = instance.engine
+    cost = IterationCost(model, bank.profile, tp=instance.tp)
+    blocks = config.kv_blocks or cost.kv_blocks(config.gpu_memory_frac, config.block_size_tokens)
+    if blocks < 1:
+        raise ValueError(
+            f"{model.name} leaves no memory for KV blocks on {instance.tp} x {bank.profile.name} "
+            f"at gpu_memory_frac = {config.gpu_memory_frac}"
+        )
+    return Engine(
+        cost,
+        config,
+        kv_blocks=blocks,
+        tokens_per_tile=model.tokens_per_tile,
+        image_in_prompt=model.image_in_prompt,
+        preprocess_s=cost.preprocess_s(),
+    )
+
+
+class NodeGpus:
+    """The GPUs of one node as columns of the bank; answers `daemons.seams.GpuDevice`."""
+
+    def __init__(self, state: GpuState, first_gpu: int, num_gpus: int) -> None:
+        self._state = state.slice(first_gpu, first_gpu + num_gpus)
+        measured = self._state.measured
+        self._infos = [
+            GpuInfo(
+                uuid=row["uuid"].decode(),
+                model=row["name"].decode(),
+                memory_total_bytes=int(row["memory_total_bytes"]),
+                power_limit_min_w=int(row["power_limit_min_mw"]) / 1000,
+                power_limit_max_w=int(row["power_limit_max_mw"]) / 1000,
+                power_limit_default_w=int(row["power_limit_default_mw"]) / 1000,
+                sm_clock_min_mhz=float(row["sm_clock_min_mhz"]),
+                sm_clock_max_mhz=float(row["sm_clock_max_mhz"]),
+            )
+            for row in measured
+        ]
+
+    def infos(self) -> list[GpuInfo]:
+        """What does not change."""
+        return self._infos
+
+    def read(self) -> GpuReadings:
+        """All readings now, rounded as NVML rounds them."""
+        measured, control = self._state.measured, self._state.control
+        return GpuReadings(
+            power_instant_w=(measured["power_instant_mw"] / 1000).tolist(),
+            power_avg_w=(measured["power_average_mw"] / 1000).tolist(),
+            power_limit_w=(control["power_limit_mw"] / 1000).tolist(),
+            power_limit_enforced_w=(measured["power_limit_enforced_mw"] / 1000).tolist(),
+            energy_j=(measured["energy_mj"] / 1000).tolist(),
+            sm_clock_mhz=measured["sm_clock_mhz"].astype(float).tolist(),
+            temp_c=measured["temp_c"].astype(float).tolist(),
+            mem_temp_c=measured["mem_temp_c"].astype(float).tolist(),
+            gpu_busy_frac=(measured["gpu_util_pct"] / 100).tolist(),
+            fb_used_bytes=measured["memory_used_bytes"].tolist(),
+            throttle=measured["throttle"].tolist(),
+            lost=(measured["lost"] != 0).tolist(),
+        )
+
+    def power_limits_w(self) -> list[float]:
+        """The limits asked for last."""
+        limits: list[float] = (self._state.control["power_limit_mw"] / 1000).tolist()
+        return limits
+
+    def set_power_limit(self, index: int, power_limit_w: float) -> None:
+        """Ask for a limit."""
+        info = self._infos[index]
+        if not info.power_limit_min_w <= power_limit_w <= info.power_limit_max_w:
+            raise DeviceError(
+                f"power limit {power_limit_w} W is outside [{info.power_limit_min_w}, "
+                f"{info.power_limit_max_w}] W of {info.model}"
+            )
+        self._state.control["power_limit_mw"][index] = round(power_limit_w * 1000)
+
+    def set_clock_lock(self, index: int, sm_clock_mhz: float) -> None:
+        """Keep the SM clock at or below a value; 0 unlocks."""
+        low_mhz = self._infos[index].sm_clock_min_mhz if sm_clock_mhz > 0 else 0
+        self._state.control["sm_clock_lock_min_mhz"][index] = round(low_mhz)
+        self._state.control["sm_clock_lock_max_mhz"][index] = round(max(0.0, sm_clock_mhz))
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class ServerBank:
+    """Engines and GPUs of one or many nodes, ticked together.
+
+    Args:
+        bank: all the GPUs, ``gpus_per_node`` for each node in order.
+        num_nodes: how many nodes share it.
+    """
+
+    def __init__(self, bank: GpuBank, num_nodes: int) -> None:
+        if bank.count % num_nodes:
+            raise ValueError(f"{bank.count} GPUs do not divide into {num_nodes} nodes")
+        self.bank = bank
+        per_node = bank.count // num_nodes
+        self.serving = [NodeServing(bank, node * per_node, per_node) for node in range(num_nodes)]
+        self.gpus = [NodeGpus(bank.state, node * per_node, per_node) for node in range(num_nodes)]
+        self._busy_s = np.zeros(bank.count)
+        self._flops = np.zeros(bank.count)
+        self._bytes = np.zeros(bank.count)
+        self._t_s = 0.0
+
+    def tick(self, t_s: float) -> None:
+        """Advance engines and GPUs to ``t_s`` and let each set the other's pace."""
+        dt_s = t_s - self._t_s
+        if dt_s <= 0:
+            return
+        self._t_s = t_s
+        bank = self.bank
+        busy_s, flops, hbm_bytes = np.zeros((3, bank.count))
+        for serving in self.serving:
+            for engine, members in zip(serving.engines, serving.gpu_lists, strict=True):
+                engine.advance_to(t_s)
+                done = engine.activity(t_s)
+                spent_s = done.encode_s + done.prefill_s + done.decode_s
+                for gpu in members:
+                    busy_s[gpu], flops[gpu], hbm_bytes[gpu] = spent_s, done.flops, done.hbm_bytes
+        profile = bank.profile
+        bank.advance(
+            dt_s,
+            np.minimum((busy_s - self._busy_s) / dt_s, 1.0),
+            (flops - self._flops) / (dt_s * profile.peak_flops),
+            (hbm_bytes - self._bytes) / (dt_s * profile.hbm_bytes_per_s),
+        )
+        self._busy_s, self._flops, self._bytes = busy_s, flops, hbm_bytes
+        clocks = bank.clock_frac.tolist()
+        for serving in self.serving:
+            for engine, members in zip(serving.engines, serving.gpu_lists, strict=True):
+                clock_frac = min(clocks[gpu] for gpu in members)
+                if clock_frac != engine.clock_frac:
+                    engine.set_clock(clock_frac, t_s)

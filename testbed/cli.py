@@ -1,0 +1,228 @@
+"""The command line: arguments -> rig -> analysis. No logic of its own.
+
+Errors meant for users (`TestbedError`) end in one line on stderr and exit status 2; with ``--json``
+stdout carries one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from testbed import rig
+from testbed.core.errors import TestbedError
+from testbed.core.spec import load_spec
+
+_ERR = Console(stderr=True)
+_OUT = Console()
+
+
+class _Group(click.Group):
+    """Turns our errors into one line and a non-zero exit."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TestbedError as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="serving-testbed", prog_name="testbed")
+def main() -> None:
+    """Emulate clouds that serve LLMs and multimodal models, hardware in the loop."""
+
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no more.")
+
+
+def _print_json(tree: Any) -> None:
+    click.echo(json.dumps(tree, allow_nan=False))
+
+
+# Runs.
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option(
+    "--mode",
+    type=click.Choice(["virtual", "emulated", "hardware"]),
+    help="Override the spec's mode.",
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE",
+    help="Override any field, as in cluster.rows=2 or policy.0.params.trip=0.9.",
+)  # fmt: skip
+@click.option("--trace", help="Trace file for the workload, or the name of one we ship.")
+@click.option("--seed", type=int, help="Override the spec's seed.")
+@click.option("--policy", "policies", multiple=True, metavar="NAME|FILE.py:CLASS",
+              help="Run these controllers in place of the spec's.")  # fmt: skip
+@click.option("--router", metavar="NAME|FILE.py:CLASS", help="Run this router.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+@click.option("--bind", default="tcp://127.0.0.1:0", show_default=True,
+              help="Where a live coordinator listens.")  # fmt: skip
+@click.option("--no-spawn", is_flag=True, help="Wait for nodes started by hand (testbed node).")
+@click.option("--no-report", is_flag=True, help="Do not write report.html.")
+@_JSON
+def run(
+    spec: Path,
+    mode: str | None,
+    overrides: tuple[str, ...],
+    trace: str | None,
+    seed: int | None,
+    policies: tuple[str, ...],
+    router: str | None,
+    out: Path,
+    bind: str,
+    no_spawn: bool,
+    no_report: bool,
+    as_json: bool,
+) -> None:
+    """Run SPEC.toml and write its recording to runs/<id>/."""
+    more = list(overrides)
+    if mode is not None:
+        more.append(f'mode="{mode}"')
+    if trace is not None:
+        more.append(f"workload.trace={json.dumps(trace)}")
+    if seed is not None:
+        more.append(f"seed={seed}")
+    if policies:
+        tables = ", ".join(f"{{use = {json.dumps(use)}}}" for use in policies)
+        more.append(f"policy=[{tables}]")
+    if router is not None:
+        more.append(f"router={{use = {json.dumps(router)}}}")
+    checked = load_spec(spec, more)
+    progress = _Progress(quiet=as_json and not sys.stderr.isatty())
+    folder = rig.run(checked, out, progress=progress, bind=bind, spawn=not no_spawn)
+    progress.close()
+    if not no_report:
+        from testbed.analysis.report import write_report
+
+        write_report(folder)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if as_json:
+        _print_json(summary)
+    else:
+        _show_summary(summary, folder)
+
+
+class _Progress:
+    """One line on stderr, rewritten while a run goes on."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._tty = sys.stderr.isatty()
+        self._last = 0.0
+
+    def __call__(self, status: rig.Status) -> None:
+        if self._quiet:
+            return
+        now = time.monotonic()
+        if not self._tty and now - self._last < 10.0:
+            return
+        self._last = now
+        if status.nodes < status.num_nodes and status.now_s == 0.0:
+            text = f"waiting for nodes: {status.nodes} of {status.num_nodes} said hello"
+        else:
+            left_s = 0.0
+            if status.now_s > 0:
+                left_s = max(0.0, status.duration_s - status.now_s) / status.now_s * status.wall_s
+            text = (
+                f"{status.now_s:7.1f} of {status.duration_s:.0f} s  "
+                f"{status.ended}/{status.arrived} requests ended  "
+                f"{status.power_w / 1000:.2f} kW  {status.nodes}/{status.num_nodes} nodes  "
+                f"about {left_s:.0f} s left"
+            )
+        if self._tty:
+            click.echo(f"\r\x1b[2K{text}", nl=False, err=True)
+        else:
+            click.echo(text, err=True)
+
+    def close(self) -> None:
+        """Leave the line."""
+        if self._tty and not self._quiet:
+            click.echo("", err=True)
+
+
+def _show_summary(summary: dict[str, Any], folder: Path) -> None:
+    table = Table(title=f"{summary['run_id']} ({summary['mode']})", show_header=False)
+    requests = summary["requests"]
+
+    def line(name: str, value: str) -> None:
+        table.add_row(name, value)
+
+    def spread(part: dict[str, float | None], unit: str, scale: float = 1.0) -> str:
+        return "  ".join(
+            f"{key} {value * scale:.4g} {unit}" if value is not None else f"{key} -"
+            for key, value in part.items()
+        )
+
+    line("requests", "  ".join(f"{key} {value:.4g}" if isinstance(value, float)
+                               else f"{key} {value}" for key, value in requests.items()))  # fmt: skip
+    line("time to first token", spread(summary["ttft_s"], "s"))
+    line("gap between tokens", spread(summary["itl_s"], "ms", 1000))
+    line("power", spread(summary["power_w"], "W"))
+    line("energy", f"{(summary['energy_j'] or 0.0) / 3.6e6:.4g} kWh")
+    breaches = summary["breaches"]
+    line("over budget", f"{breaches['count']} times, {breaches['s']:.1f} s in all")
+    line("commands", "  ".join(f"{key} {value}" for key, value in summary["commands"].items()))
+    line("lateness", spread(summary["lateness_s"], "ms", 1000))
+    line("valid", "yes" if summary["valid"] else "NO: see the report")
+    line("recording", str(folder))
+    if (folder / "report.html").exists():
+        line("report", str(folder / "report.html"))
+    _OUT.print(table)
+
+
+@main.command()
+@click.option("--coordinator", required=True, metavar="tcp://HOST:PORT")
+@click.option("--name", required=True, help="Path of this node in the run, as row0/rack0/node000.")
+@click.option("--emulate", default="", metavar="8xH100", help="Emulated GPUs; else the driver's.")
+@click.option("--state-dir", type=click.Path(path_type=Path), default=Path("/var/lib/testbed"),
+              show_default=True, help="Journal and GPU state.")  # fmt: skip
+@click.option("--seed", default=1, show_default=True)
+@click.option("--place", default=0, show_default=True, help="Index of this node in the run.")
+@click.option("--inlet-c", default=24.0, show_default=True)
+@click.option("--temp-spread-c", default=2.0, show_default=True)
+@click.option("--delay-s", default=0.005, show_default=True, help="Agreed delay of the wire.")
+@click.option("--orphan-exit-s", default=float("inf"), show_default=True,
+              help="Leave when the coordinator is silent for this long.")  # fmt: skip
+@click.option("--allow-hardware-writes", is_flag=True, help="Really set limits on real GPUs.")
+def node(**options: Any) -> None:
+    """Be the daemon of one node."""
+    rig.node(
+        rig.NodeOptions(**options),
+        log=lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True),
+    )
+
+
+# Recordings.
+
+_RUNS = click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+
+
+@main.command()
+@_RUNS
+def report(runs: tuple[Path, ...]) -> None:
+    """Write report.html into each run folder, from its recording."""
+    from testbed.analysis.report import write_report
+
+    for folder in runs:
+        click.echo(write_report(folder))
+
+
+def _each(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+if __name__ == "__main__":
+    main()
