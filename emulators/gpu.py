@@ -40,6 +40,10 @@ HW_THERMAL = 0x40
 
 _CUDA = {7: (8, 0), 9: (9, 0), 10: (10, 0)}
 """CUDA compute capability by NVML architecture number."""
+_CONTROL_WINDOW_S = 0.5
+"""Time constant of the mean that the cap controller holds (assumed)."""
+_PAYBACK = 2.0
+"""How strongly it answers an overshoot of that mean (assumed)."""
 _THERMAL_STEP_PER_S = 0.25
 """How fast thermal slowdown lowers the clock, as a share per second (assumed)."""
 _COOL_C = 3.0
@@ -82,6 +86,7 @@ class GpuBank:
         self.enforced_w: Floats = np.full(count, profile.power_limit_default_w)
         # The driver outlives the daemon: a re-attached state goes on counting.
         self.energy_j: Floats = state.measured["energy_mj"].astype(float) / 1000
+        self._smooth_w: Floats = self.power_w.copy()
         self._thermal_frac: Floats = np.ones(count)
         self._history: deque[tuple[float, Floats]] = deque()
         self._time_s = 0.0
@@ -144,14 +149,15 @@ class GpuBank:
         activity = (busy_frac, tensor_frac, hbm_frac, self.clock_frac)
         self.demand_w = demand_w(profile, asked_frac, *activity)
         capped = self.demand_w > self.enforced_w
-        fits_frac = clock_for_limit(profile, self.enforced_w, *activity)
-        target_frac = np.where(capped, np.minimum(fits_frac, asked_frac), asked_frac)
+        fits_frac = clock_for_limit(profile, self._allowed_w(dt_s), *activity)
+        # Still paying back an overshoot, the controller holds a clock that demand would not need.
+        target_frac = np.minimum(asked_frac, fits_frac)
         # Down to whole steps: the board picks the next clock below.
         target_frac = np.maximum(
             np.floor(target_frac / self._step_frac + 1e-9) * self._step_frac, self._smallest_frac
         )
-        reaction = 1.0 - np.exp(-dt_s / profile.cap_reaction_s)
-        moved = self.clock_frac + (target_frac - self.clock_frac) * reaction
+        lag_s = np.where(target_frac < self.clock_frac, profile.cap_reaction_s, profile.cap_raise_s)
+        moved = self.clock_frac + (target_frac - self.clock_frac) * (1.0 - np.exp(-dt_s / lag_s))
         moved = np.round(moved / self._step_frac) * self._step_frac
         near = np.abs(moved - target_frac) < 2 * self._step_frac
         self.clock_frac = np.clip(np.where(near, target_frac, moved), self._smallest_frac, 1.0)
@@ -165,6 +171,16 @@ class GpuBank:
         reasons |= np.where(self._thermal_frac < 1.0, SW_THERMAL, 0)
         reasons |= np.where(temp_c >= profile.temp_shutdown_c, HW_THERMAL, 0)
         self._publish(dt_s, busy_frac, hbm_frac, idle, reasons)
+
+    def _allowed_w(self, dt_s: float) -> Floats:
+        """What the next tick may draw: the limit, less what the last second drew above it.
+
+        The controller holds a mean, so a spike that it was too slow for is paid back.
+        """
+        keep = np.exp(-dt_s / _CONTROL_WINDOW_S)
+        self._smooth_w = self.power_w + (self._smooth_w - self.power_w) * keep
+        excess_w = np.maximum(self._smooth_w - self.enforced_w, 0.0)
+        return self.enforced_w - _PAYBACK * excess_w
 
     def _asked(self, temp_c: Floats, dt_s: float) -> Floats:
         """The clock that would run without a power cap: locks and heat."""

@@ -11,7 +11,7 @@ solved exactly for power that is constant over a step, so the size of steps does
 >>> heat = Thermal(gpu, 1, inlet_c=np.array([24.0]), offset_c=np.zeros(1))
 >>> for _ in range(600):
 ...     temp_c = heat.advance(0.1, np.array([700.0]), np.array([24.0]))
->>> bool(abs(temp_c[0] - (24.0 + 8.4 + 0.1 * 700.0)) < 0.5)
+>>> bool(abs(temp_c[0] - (24.0 + 8.4 + 0.062 * 700.0)) < 0.5)
 True
 """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +165,11 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
             for key, value in part.items()
         )
 
-    line("requests", "  ".join(f"{key} {value:.4g}" if isinstance(value, float)
-                               else f"{key} {value}" for key, value in requests.items()))  # fmt: skip
+    counts = (
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in requests.items()
+    )
+    line("requests", "  ".join(counts))
     line("time to first token", spread(summary["ttft_s"], "s"))
     line("gap between tokens", spread(summary["itl_s"], "ms", 1000))
     line("power", spread(summary["power_w"], "W"))
@@ -218,10 +220,6 @@ def report(runs: tuple[Path, ...]) -> None:
 
     for folder in runs:
         click.echo(write_report(folder))
-
-
-def _each(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from daemons.devices.host import boot_id
@@ -35,12 +34,13 @@ from daemons.devices.nvml import NvmlGpus
 from daemons.node import NodeDaemon
 from daemons.safety import CapGuard, Journal
 from emulators.gpu import GpuBank
+from emulators.models import load_model
 from emulators.nvml import EmulatedNvml
 from emulators.profiles import GpuProfile, load_gpu
 from emulators.server import ServerBank, build_engine
-from emulators.models import load_model
 from emulators.state import GpuState
 from testbed.analysis.summary import summarise
+from testbed.coordinator.cluster import Layout
 from testbed.coordinator.loop import Coordinator
 from testbed.core.clock import (
     CONTROL,
@@ -54,7 +54,7 @@ from testbed.core.clock import (
     VirtualScheduler,
 )
 from testbed.core.errors import DeviceError, SpecError, TransportError
-from testbed.core.messages import Body, Bye, Envelope, Hello, Ping, Pong
+from testbed.core.messages import Bye, Envelope, GpuInfo, Hello, InstanceConfig, Ping, Pong
 from testbed.core.spec import RunSpec
 from testbed.core.transport.memory import Network
 from testbed.core.transport.zmq import ZmqHub, ZmqSpoke
@@ -139,15 +139,17 @@ class _Parts:
 def _check(spec: RunSpec, profile: GpuProfile) -> None:
     """What needs the profiles to be known: budgets, and whether models fit."""
     cluster = spec.cluster
-    count = cluster.nodes_per_row * cluster.gpus_per_node
-    share_w = cluster.row_budget_w // count
-    if cluster.row_budget_w and share_w < profile.power_limit_min_w:
-        raise SpecError(
-            f"run spec: cluster.row_budget_w = {cluster.row_budget_w:g} W leaves {share_w:g} W for "
-            f"each of {count} GPUs; {profile.name} cannot be set below "
-            f"{profile.power_limit_min_w:g} W, so it must be at least "
-            f"{profile.power_limit_min_w * count:g} W"
-        )
+    info = GpuInfo(
+        uuid="",
+        model=profile.name,
+        memory_total_bytes=0,
+        power_limit_min_w=profile.power_limit_min_w,
+        power_limit_max_w=profile.power_limit_max_w,
+        power_limit_default_w=profile.power_limit_default_w,
+        sm_clock_min_mhz=0.0,
+        sm_clock_max_mhz=0.0,
+    )
+    Layout(spec).safe_limit_w([info])
     tick_s = spec.control.sample_period_s
     if spec.mode != "virtual" and tick_s < 0.02:
         raise SpecError(f"run spec: control.sample_period_s = {tick_s} must be >= 0.02 when live")
@@ -161,8 +163,6 @@ def _check(spec: RunSpec, profile: GpuProfile) -> None:
 
 
 def _instance_of(pool: Any) -> Any:
-    from testbed.core.messages import InstanceConfig
-
     return InstanceConfig(
         name=pool.name,
         pool=pool.name,
@@ -387,12 +387,12 @@ def _virtual_node(
     gpus, serving = servers.gpus[index], servers.serving[index]
 
     def deliver(envelope: Envelope, due_s: float) -> None:
-        node.deliver(envelope, due_s)
+        shell.deliver(envelope, due_s)
 
     spoke = network.spoke(name, 1, deliver)
     daemon = NodeDaemon(name, gpus, CapGuard(gpus, _NoJournal()), serving, spoke.send)
-    node = _Node(daemon, loop)
-    return node
+    shell = _Node(daemon, loop)
+    return shell
 
 
 # Live: the coordinator's process.
@@ -508,9 +508,7 @@ def _gather(
         if now - shown > 1.0:
             shown = now
             wall = now - begun
-            progress(
-                Status(0.0, spec.duration_s, wall, 0, 0, 0, len(greetings), len(names), 0.0)
-            )
+            progress(Status(0.0, spec.duration_s, wall, 0, 0, 0, len(greetings), len(names), 0.0))
         if now - begun > JOIN_TIMEOUT_S:
             missing = [name for name in names if name not in greetings]
             raise TransportError(
@@ -645,7 +643,6 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
     Raises:
         TestbedError: the devices or the coordinator cannot be used.
     """
-    started: list[Envelope] = []
     sync = ClockSync()
 
     def deliver(envelope: Envelope, due_s: float) -> None:
@@ -711,9 +708,7 @@ def _node_servers(options: NodeOptions) -> ServerBank:
     return ServerBank(bank, num_nodes=1)
 
 
-def _say_hello(
-    daemon: NodeDaemon, spoke: ZmqSpoke, sync: ClockSync, caught: list[int]
-) -> None:
+def _say_hello(daemon: NodeDaemon, spoke: ZmqSpoke, sync: ClockSync, caught: list[int]) -> None:
     """Greet the coordinator until it answers."""
     said = -math.inf
     while daemon.welcome is None and not daemon.stopped and not caught:
@@ -736,7 +731,8 @@ def _serve_node(
     sync: ClockSync,
 ) -> None:
     """From welcome to stop, in real time."""
-    assert daemon.welcome is not None and daemon.config is not None
+    assert daemon.welcome is not None
+    assert daemon.config is not None
     same_clock = daemon.welcome.boot_id == boot_id()
     loop.restart(daemon.welcome.start_ns - (0 if same_clock else sync.offset_ns))
     period_s = daemon.config.sample_period_s

@@ -48,7 +48,9 @@ class GpuProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     power_average_s: float
     """Window of NVML's power reading; 0 where it is not averaged."""
     cap_reaction_s: float
-    """Time constant of the cap controller."""
+    """Time constant with which the cap controller lowers the clock."""
+    cap_raise_s: float
+    """Time constant with which it raises the clock again."""
     idle_w: float
     busy_w: float
     tensor_w: float

@@ -11,6 +11,7 @@ Built once from the spec, before any node is heard from; nodes then fill the col
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
@@ -30,6 +31,9 @@ from testbed.core.view import (
     empty_instances,
     empty_tenants,
 )
+
+SAFE_SHARE = 0.95
+"""Share of a budget that limits may add up to: boards overshoot theirs by a few percent."""
 
 _Columns = TypeVar("_Columns", GpuColumns, InstanceColumns, TenantColumns, RowColumns)
 
@@ -151,8 +155,8 @@ class Layout:
     def safe_limit_w(self, infos: list[GpuInfo]) -> list[float]:
         """The cap that each GPU of a node falls back to when it is cut off.
 
-        An equal share of the row's budget, so that a row whose every node is cut off stays under
-        it; without a budget, the GPU's default.
+        An equal share of the row's budget, less what boards overshoot their limits by, so that a
+        row whose every node is cut off stays under it; without a budget, the GPU's default.
 
         Raises:
             SpecError: a share is below what the GPU can be set to.
@@ -160,14 +164,14 @@ class Layout:
         budget_w = self.spec.cluster.row_budget_w
         if not budget_w:
             return [info.power_limit_default_w for info in infos]
-        share_w = float(budget_w // self.gpus_per_row)
+        share_w = float(SAFE_SHARE * budget_w // self.gpus_per_row)
         for info in infos:
             if share_w < info.power_limit_min_w:
                 raise SpecError(
-                    f"run spec: cluster.row_budget_w = {budget_w:g} leaves {share_w:g} W for each "
-                    f"of {self.gpus_per_row} GPUs; {info.model} cannot be set below "
+                    f"run spec: cluster.row_budget_w = {budget_w:g} W leaves {share_w:g} W for "
+                    f"each of {self.gpus_per_row} GPUs; {info.model} cannot be set below "
                     f"{info.power_limit_min_w:g} W, so the budget must be at least "
-                    f"{info.power_limit_min_w * self.gpus_per_row:g} W"
+                    f"{math.ceil(info.power_limit_min_w * self.gpus_per_row / SAFE_SHARE)} W"
                 )
         return [min(share_w, info.power_limit_max_w) for info in infos]
 

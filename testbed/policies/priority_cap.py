@@ -2,7 +2,8 @@
 
 Above ``first`` of the row's budget the GPUs of lower priority are held at ``low_limit_frac`` of
 their highest limit. Above ``second`` those of the highest priority in the row share what is left of
-the budget evenly, so that the limits add up to it. A level is left only after the draw has been
+``second`` of the budget evenly: a board's own controller overshoots by some percent, so the limits
+add up to a little less than the budget. A level is left only after the draw has been
 under its threshold by ``margin`` for ``hold_s``, one level at a time: cut fast, raise slowly.
 
 The idea of two frequency-capping thresholds by priority is POLCA's (Patel et al., ASPLOS 2024);
@@ -16,7 +17,7 @@ thresholds here are settings, not the paper's.
 ([1], [350.0])
 >>> [command] = policy.step(view_of([[640.0, 350.0]], **rows))
 >>> command.gpus.tolist(), command.power_limit_w.tolist()
-([0, 1], [650.0, 350.0])
+([0, 1], [600.0, 350.0])
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class PriorityCap:
         low_limit_frac: float = 0.5,
         hold_s: float = 10.0,
         stale_s: float = 2.0,
-        period_s: float = 1.0,
+        period_s: float = 0.5,
     ) -> None:
         if not 0 < margin < first < second:
             raise ValueError(f"need margin < first < second, not {margin}, {first}, {second}")
@@ -91,6 +92,6 @@ class PriorityCap:
         low = gpus.priority[members] < gpus.priority[members].max()
         limits_w[low] = np.maximum(floor_w, limits_w * self.low_limit_frac // 1)[low]
         if level == 2:
-            share_w = (budget_w - limits_w[low].sum()) // max(1, (~low).sum())
+            share_w = (self.second * budget_w - limits_w[low].sum()) // max(1, (~low).sum())
             limits_w[~low] = np.clip(share_w, floor_w, limits_w)[~low]
         return limits_w

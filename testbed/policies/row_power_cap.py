@@ -1,16 +1,17 @@
 """Keep each row under its power budget by capping its GPUs evenly.
 
-Once a row draws more than ``trip`` of its budget, each of its GPUs is held at an equal share of the
-budget, in whole watts so that a limit reads back as it was set: from then on the limits themselves
-keep the row under its breaker. The caps come off when the row has drawn less than ``release`` of
-its budget for ``hold_s``; in between nothing changes, so that the policy does not hunt. A GPU not
-heard from for ``stale_s`` counts at its enforced limit: unseen, it may draw all it is allowed.
+Once a row draws more than ``trip`` of its budget, each of its GPUs is held at an equal share of
+that much, in whole watts so that a limit reads back as it was set: from then on the limits keep the
+row under its breaker, with room for what a board's own controller overshoots. The caps come off
+when the row has drawn less than ``release`` of its budget for ``hold_s``; in between nothing
+changes, so that the policy does not hunt. A GPU not heard from for ``stale_s`` counts at its enforced limit:
+unseen, it may draw all it is allowed.
 
 >>> from testbed.core.view import view_of
 >>> policy = RowPowerCap()
 >>> policy.step(view_of([[640.0, 500.0]], budget_w=1001.0))  # doctest: +ELLIPSIS
-[SetPowerLimit(gpus=array([0, 1]), power_limit_w=500.0, why='row0 draws 1140 W of 1001 W')]
->>> policy.step(view_of([[450.0, 460.0]], budget_w=1001.0, limit_w=500.0))
+[SetPowerLimit(gpus=array([0, 1]), power_limit_w=475.0, why='row0 draws 1140 W of 1001 W')]
+>>> policy.step(view_of([[450.0, 460.0]], budget_w=1001.0, limit_w=475.0))
 []
 """
 
@@ -31,7 +32,7 @@ class RowPowerCap:
         release: float = 0.75,
         hold_s: float = 10.0,
         stale_s: float = 2.0,
-        period_s: float = 1.0,
+        period_s: float = 0.5,
     ) -> None:
         if not 0 < release < trip:
             raise ValueError(f"release = {release} must lie between 0 and trip = {trip}")
@@ -51,7 +52,9 @@ class RowPowerCap:
                 self._quiet_since_s.pop(row, None)
             quiet_s = view.now_s - self._quiet_since_s.setdefault(row, view.now_s)
             if draw_w > self.trip * budget_w:
-                limit_w = max(budget_w // len(members), gpus.power_limit_min_w[members].max())
+                limit_w = max(
+                    self.trip * budget_w // len(members), gpus.power_limit_min_w[members].max()
+                )
                 why = f"{name} draws {draw_w:.0f} W of {budget_w:.0f} W"
             elif draw_w < self.release * budget_w and quiet_s >= self.hold_s:
                 limit_w = gpus.power_limit_max_w[members].min()

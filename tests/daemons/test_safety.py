@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -108,7 +109,7 @@ def test_silence_leads_to_the_safe_cap_in_bounded_steps(gpus, journal):
         seen.append(gpus.limits_w[0])
     assert seen[28] == 700.0
     assert seen[-1] == 300.0
-    falls = [before - after for before, after in zip(seen, seen[1:], strict=False)]
+    falls = [before - after for before, after in itertools.pairwise(seen)]
     assert max(falls) <= 100.0 + 1e-6
     assert guard.expired
     assert guard.accept(lease(2, [700.0, 650.0], expires_s=9.0), 5.0) == ""

@@ -36,11 +36,17 @@ class Spoke(Protocol):
     """A node's end."""
 
     name: str
-    dropped_total: int
-    """Messages that we could not queue."""
-    bad_total: int
-    """Frames that were no message of ours."""
     stats: StreamStats
+
+    @property
+    def dropped_total(self) -> int:
+        """Messages that we could not queue."""
+        ...
+
+    @property
+    def bad_total(self) -> int:
+        """Frames that were no message of ours."""
+        ...
 
     def send(self, body: Body, t_s: float) -> bool:
         """Queue a message to the hub; False if it had to be dropped."""
@@ -58,10 +64,18 @@ class Spoke(Protocol):
 class Hub(Protocol):
     """The coordinator's end."""
 
-    dropped_total: int
-    bad_total: int
     stats: dict[str, StreamStats]
     """By node name."""
+
+    @property
+    def dropped_total(self) -> int:
+        """Messages that we could not queue."""
+        ...
+
+    @property
+    def bad_total(self) -> int:
+        """Frames that were no message of ours, or not from whom they said."""
+        ...
 
     def send(self, to: str, body: Body, t_s: float) -> bool:
         """Queue a message to the node called ``to``; False if it had to be dropped."""
