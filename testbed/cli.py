@@ -16,12 +16,24 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from emulators.models import available_models
+from emulators.profiles import available_gpus
 from testbed import rig
+from testbed.analysis.compare import compare as comparison
+from testbed.analysis.compare import comparison_lines, write_comparison
+from testbed.analysis.export import export as export_recording
+from testbed.analysis.report import write_report
 from testbed.core.errors import TestbedError
-from testbed.core.spec import load_spec
+from testbed.core.spec import PolicySpec, load_spec
+from testbed.policies.load import load_controller, shipped_policies
+from testbed.recorder.replay import replay as replay_policies
 
 _ERR = Console(stderr=True)
 _OUT = Console()
+
+
+class _Failure(click.ClickException):
+    exit_code = 2
 
 
 class _Group(click.Group):
@@ -31,7 +43,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except TestbedError as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+            raise _Failure(" ".join(str(error).split())) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,8 +116,6 @@ def run(
     folder = rig.run(checked, out, progress=progress, bind=bind, spawn=not no_spawn)
     progress.close()
     if not no_report:
-        from testbed.analysis.report import write_report
-
         write_report(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if as_json:
@@ -215,11 +225,80 @@ _RUNS = click.argument("runs", nargs=-1, required=True, type=click.Path(path_typ
 @main.command()
 @_RUNS
 def report(runs: tuple[Path, ...]) -> None:
-    """Write report.html into each run folder, from its recording."""
-    from testbed.analysis.report import write_report
-
+    """Write report.html into each run folder, from its recording alone."""
     for folder in runs:
         click.echo(write_report(folder))
+
+
+@main.command()
+@_RUNS
+@click.option("--html", type=click.Path(path_type=Path), help="Also draw the runs over each other.")
+@_JSON
+def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
+    """Set two or more runs side by side."""
+    if len(runs) < 2:
+        raise click.UsageError("compare needs at least two run folders")
+    found = comparison(list(runs))
+    if as_json:
+        _print_json(found)
+    else:
+        head, *lines = comparison_lines(found)
+        table = Table(*head)
+        for line in lines:
+            table.add_row(*line)
+        _OUT.print(table)
+    if html is not None:
+        click.echo(write_comparison(list(runs), html), err=as_json)
+
+
+@main.command()
+@click.argument("recording", type=click.Path(path_type=Path))
+@click.option("--policy", "policies", multiple=True, metavar="NAME|FILE.py:CLASS",
+              help="See what these would have said instead.")  # fmt: skip
+@_JSON
+def replay(recording: Path, policies: tuple[str, ...], as_json: bool) -> None:
+    """Put the recorded views through the policies again; fails if a command differs."""
+    others = [PolicySpec(use=use) for use in policies] or None
+    result = replay_policies(recording, load_controller, others)
+    tree = {
+        "steps": result.steps,
+        "equal": result.equal,
+        "different": result.different,
+        "first_difference": result.first_difference,
+    }
+    if as_json:
+        _print_json(tree)
+    else:
+        click.echo(f"{result.steps} steps: {result.equal} commands equal, {result.different} not")
+        if result.first_difference:
+            click.echo(result.first_difference)
+    if not result.same:
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("recording", type=click.Path(path_type=Path))
+@click.option("--format", "kind", type=click.Choice(["csv", "perfetto", "prometheus"]),
+              default="csv", show_default=True)  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="File or folder to write.")
+def export(recording: Path, kind: str, out: Path | None) -> None:
+    """Turn a recording into CSV files, a timeline for ui.perfetto.dev, or a metrics page."""
+    click.echo(export_recording(recording, kind, out))
+
+
+# What there is.
+
+
+@main.command()
+@_JSON
+def catalogue(as_json: bool) -> None:
+    """List the GPUs, models and policies that we ship."""
+    tree = {"gpus": available_gpus(), "models": available_models(), "policies": shipped_policies()}
+    if as_json:
+        _print_json(tree)
+        return
+    for kind, names in tree.items():
+        click.echo(f"{kind}: {', '.join(names)}")
 
 
 if __name__ == "__main__":

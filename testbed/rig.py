@@ -15,6 +15,7 @@ decisions (`testbed.core.clock`).
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -114,13 +115,16 @@ def run(
     router = load_router(spec.router)
     requests = open_workload(spec.workload, spec.slo_class, spec.seed, spec.duration_s)
     folder = new_run_folder(out, spec.name)
-    with Recorder(folder, spec=spec, meta=_meta(spec, profile)) as records:
-        parts = _Parts(spec, folder, records, controllers, router, requests, profile, progress)
-        if spec.mode == "virtual":
-            _run_virtual(parts)
-        else:
-            _run_live(parts, bind, spawn=spawn)
-    write_summary(folder, summarise(folder))
+    try:
+        with Recorder(folder, spec=spec, meta=_meta(spec, profile)) as records:
+            parts = _Parts(spec, folder, records, controllers, router, requests, profile, progress)
+            if spec.mode == "virtual":
+                _run_virtual(parts)
+            else:
+                _run_live(parts, bind, spawn=spawn)
+    finally:
+        # A run that failed has a summary of as far as it came, marked invalid.
+        write_summary(folder, summarise(folder))
     return folder
 
 
@@ -438,6 +442,10 @@ def _run_live(parts: _Parts, bind: str, *, spawn: bool) -> None:
             observed_s=lambda now_s: loop.wall_s(),
             monotonic_ns=time.monotonic_ns,
         )
+        # What is slow the first time happens before the clock starts: files, imports, collection.
+        parts.records.flush(now=True)
+        gc.collect()
+        gc.freeze()
         started = True
         for name in sorted(greetings):
             desk.coordinator.on_message(greetings[name], 0.0)
@@ -733,6 +741,8 @@ def _serve_node(
     """From welcome to stop, in real time."""
     assert daemon.welcome is not None
     assert daemon.config is not None
+    gc.collect()
+    gc.freeze()
     same_clock = daemon.welcome.boot_id == boot_id()
     loop.restart(daemon.welcome.start_ns - (0 if same_clock else sync.offset_ns))
     period_s = daemon.config.sample_period_s

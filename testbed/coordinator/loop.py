@@ -14,6 +14,7 @@ forgotten its requests: it is treated as lost, then welcomed.
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 
 from testbed.coordinator.arbiter import Claims
 from testbed.coordinator.cluster import Layout, Node
-from testbed.core.errors import PolicyError, SpecError
+from testbed.core.errors import PolicyError, SpecError, TestbedError
 from testbed.core.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -458,7 +459,7 @@ class Coordinator:
         for index in due:
             controller = self._controllers[index]
             self._next_step_s[index] = now_s + controller.period_s
-            commands = controller.step(self.view)
+            commands = self._asked(index, controller)
             for ordinal, command in enumerate(commands):
                 self._hear(index, command)
                 said.append((index, ordinal, command))
@@ -468,6 +469,19 @@ class Coordinator:
             count = sum(policy == index for policy, _, _ in said)
             use = self.spec.policy[index].use
             self._records.step(self._step, now_s, index, use, count)
+
+    def _asked(self, policy: int, controller: Controller) -> list[Command]:
+        """What a policy says; its own mistakes become one clear line."""
+        try:
+            return list(controller.step(self.view))
+        except TestbedError:
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise PolicyError(
+                f"policy {self.spec.policy[policy].use!r} failed at {self.view.now_s:g} s: "
+                f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+            ) from error
 
     @property
     def next_control_s(self) -> float:

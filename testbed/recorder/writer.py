@@ -395,11 +395,15 @@ class Recorder:
 
     # To disk.
 
-    def flush(self, now_s: float | None = None) -> None:
-        """Hand all buffered rows to the operating system, unless that was just done."""
+    def flush(self, now_s: float | None = None, *, now: bool = False) -> None:
+        """Hand all buffered rows to the operating system, unless that was just done.
+
+        ``now`` insists: a live run does it once before its clock starts, since the first flush
+        makes the libraries load what they need (some 0.2 s).
+        """
         if now_s is not None:
             self._last_s = now_s
-        if time.monotonic() - self._flushed >= FLUSH_S:
+        if now or time.monotonic() - self._flushed >= FLUSH_S:
             self._flush()
 
     def _flush(self) -> None:
