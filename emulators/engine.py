@@ -227,6 +227,8 @@ class _Block:
         "iterations",
         "num_seqs",
         "prefill_tokens",
+        "seen",
+        "seen_s",
         "t_end_s",
         "t_start_s",
         "tiles",
@@ -248,9 +250,16 @@ class _Block:
     bytes_first: float
     bytes_growth: float
     clock_frac: float
+    seen_s: float
+    seen: tuple[int, float]
 
     def done_at(self, t_s: float) -> tuple[int, float]:
         """Iterations complete at ``t_s``, and the share of the next one that has passed."""
+        if t_s != self.seen_s:  # a sample asks for several things of one instant
+            self.seen_s, self.seen = t_s, self._done_at(t_s)
+        return self.seen
+
+    def _done_at(self, t_s: float) -> tuple[int, float]:
         elapsed_s = t_s - self.t_start_s
         if elapsed_s <= 0:
             return 0, 0.0
@@ -549,6 +558,7 @@ class Engine:
         if keep < block.iterations:
             block.iterations = keep
             block.t_end_s = block.end_after(keep)
+            block.seen_s = -1.0
 
     def _set_clock(self, clock_frac: float) -> None:
         self.clock_frac = clock_frac
@@ -703,6 +713,7 @@ class Engine:
         context = self._kv_tokens + num_seqs
         block = _Block()
         block.t_start_s = t_s
+        block.seen_s = -1.0
         block.num_seqs = num_seqs
         block.context = context
         block.chunks = chunks

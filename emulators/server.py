@@ -41,6 +41,8 @@ class NodeServing:
         self.engines: list[Engine] = []
         self.gpu_lists: list[list[int]] = []
         """Indices into the bank of each engine's GPUs."""
+        self.wakes_s: list[float] = []
+        """When each engine's state changes next."""
         self.preprocess_slowdown = 1.0
 
     def configure(self, instances: list[InstanceConfig], t_s: float) -> None:
@@ -61,6 +63,7 @@ class NodeServing:
                 )
             engine.advance_to(t_s)
             self.engines.append(engine)
+            self.wakes_s.append(engine.next_event_s)
             members = [self._first_gpu + gpu for gpu in instance.gpus]
             self.gpu_lists.append(members)
             total = self._bank.profile.memory_bytes
@@ -73,17 +76,21 @@ class NodeServing:
         engine = self.engines[instance]
         engine.preprocess_slowdown = self.preprocess_slowdown
         engine.submit(request, max(t_s, engine.now_s))
+        self.wakes_s[instance] = engine.next_event_s
 
     def advance_to(self, t_s: float) -> None:
         """Let happen what is due by ``t_s``."""
-        for engine in self.engines:
-            if engine.next_event_s <= t_s:
+        wakes_s = self.wakes_s
+        for index, wake_s in enumerate(wakes_s):
+            if wake_s <= t_s:
+                engine = self.engines[index]
                 engine.advance_to(t_s)
+                wakes_s[index] = engine.next_event_s
 
     @property
     def next_event_s(self) -> float:
         """When the next block of iterations of any engine ends; infinite when idle."""
-        return min((engine.next_event_s for engine in self.engines), default=math.inf)
+        return min(self.wakes_s, default=math.inf)
 
     def drain_events(self) -> list[Event]:
         """What happened since the last call."""
@@ -261,3 +268,4 @@ class ServerBank:
                 clock_frac = min(clocks[gpu] for gpu in members)
                 if clock_frac != engine.clock_frac:
                     engine.set_clock(clock_frac, t_s)
+            serving.wakes_s[:] = [engine.next_event_s for engine in serving.engines]

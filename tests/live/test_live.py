@@ -1,0 +1,215 @@
+"""Real processes over ZeroMQ on 127.0.0.1: emulated runs, and what happens when parts are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from tests.conftest import ROOT, cli
+
+from emulators.state import GpuState
+from testbed.analysis.summary import summarise
+from testbed.recorder.reader import Recording
+
+pytestmark = pytest.mark.live
+
+
+def start(spec: Path, out: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    sets = [word for override in overrides for word in ("--set", override)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "testbed.cli", "run", str(spec), "--mode", "emulated",
+         "--out", str(out), "--no-report", *sets],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for(condition, timeout_s=40.0, what="it"):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen within {timeout_s} s")
+
+
+def run_folder(out: Path) -> Path | None:
+    folders = list(out.glob("*/manifest.json"))
+    return folders[0].parent if folders else None
+
+
+def states(folder: Path) -> list[GpuState]:
+    return [GpuState.attach(path, mode="r") for path in sorted(folder.glob("nodes/*/gpus.state"))]
+
+
+def nodes_of(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "node" in words and any(str(folder) in word for word in words):
+            found.append(process)
+    return found
+
+
+def end_nodes(folder: Path) -> None:
+    for process in nodes_of(folder):
+        process.terminate()
+    psutil.wait_procs(nodes_of(folder), timeout=10)
+
+
+def limits_w(folder: Path) -> np.ndarray:
+    return np.array([state.control["power_limit_mw"] / 1000 for state in states(folder)])
+
+
+def test_emulated_and_virtual_runs_agree(small_spec, tmp_path):
+    summaries = {}
+    folders = {}
+    for mode in ("virtual", "emulated"):
+        done = cli(
+            "run", small_spec, "--mode", mode, "--out", tmp_path / mode, "--json", "--no-report"
+        )
+        assert done.returncode == 0, done.stderr
+        summaries[mode] = json.loads(done.stdout)
+        folders[mode] = run_folder(tmp_path / mode)
+    virtual, emulated = summaries["virtual"], summaries["emulated"]
+    assert emulated["valid"], emulated
+    assert emulated["requests"]["completed"] == virtual["requests"]["completed"] > 100
+    assert emulated["energy_j"] == pytest.approx(virtual["energy_j"], rel=0.05)
+    for metric in ("ttft_s", "itl_s"):
+        assert emulated[metric]["p50"] == pytest.approx(virtual[metric]["p50"], rel=0.10)
+    said = {}
+    for mode, folder in folders.items():
+        table = Recording.open(folder).table("commands")
+        said[mode] = [
+            tuple(table[name][i].as_py() for name in ("policy", "kind", "target", "value"))
+            for i in range(len(table))
+        ]
+    assert said["virtual"]
+    assert said["emulated"] == said["virtual"]
+    replayed = cli("replay", folders["emulated"], "--json")
+    assert replayed.returncode == 0
+    assert json.loads(replayed.stdout)["different"] == 0
+
+
+def test_kill_the_coordinator_and_nodes_go_to_safe_caps(small_spec, tmp_path):
+    process = start(small_spec, tmp_path, "duration_s=60", "control.lease_s=2.0")
+    folder = None
+    try:
+        folder = wait_for(lambda: run_folder(tmp_path), what="the run folder")
+        wait_for(lambda: (folder / "commands.arrows").exists(), what="a first cap")
+        time.sleep(2.0)
+        process.kill()
+        killed = time.monotonic()
+        process.wait()
+        safe_w = 0.95 * 1700 // 4
+        wait_for(
+            lambda: (limits_w(folder) <= safe_w).all(), timeout_s=2.0 + 1.5, what="safe caps"
+        )
+        assert time.monotonic() - killed < 3.5
+        assert limits_w(folder).sum(axis=1).max() <= 1700
+        time.sleep(1.5)
+        for state in states(folder):
+            assert state.measured["power_average_mw"].sum() / 1000 <= 1700
+        # What was recorded until a second before the kill can be read.
+        recording = Recording.open(folder)
+        assert recording.state == "killed"
+        last_s = recording.table("gpus")["t_s"].to_numpy()[-1]
+        last_wall = time.time() - (time.monotonic() - killed)
+        written = max(path.stat().st_mtime for path in folder.glob("*.arrows"))
+        assert last_wall - written < 1.5
+        assert last_s > 2.0
+        assert summarise(folder)["requests"]["completed"] > 0
+        assert len(nodes_of(folder)) == 2, "nodes go on without the coordinator"
+    finally:
+        process.kill()
+        if folder:
+            end_nodes(folder)
+    # Told to leave, they put back what they found.
+    assert (limits_w(folder) == 700.0).all()
+    assert not list(folder.glob("nodes/*/journal.json"))
+
+
+def test_kill_a_node_and_its_requests_go_elsewhere(small_spec, tmp_path):
+    spec = small_spec.read_text().replace("nodes_per_row = 1", "nodes_per_row = 2")
+    small_spec.write_text(spec.replace("row_budget_w = 1700", "row_budget_w = 3400"))
+    process = start(
+        small_spec, tmp_path, "duration_s=16", "control.node_timeout_s=2.0", "cluster.rows=1"
+    )
+    folder = None
+    try:
+        folder = wait_for(lambda: run_folder(tmp_path), what="the run folder")
+        wait_for(lambda: (folder / "commands.arrows").exists(), what="a first cap")
+        time.sleep(1.0)
+        victim = next(p for p in nodes_of(folder) if "row0/rack0/node000" in p.cmdline())
+        before = limits_w(folder)[0]
+        assert (before < 700).any()
+        victim.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) == 0, process.stdout.read().decode()
+    finally:
+        process.kill()
+        if folder:
+            end_nodes(folder)
+    recording = Recording.open(folder)
+    events = recording.table("events")
+    kinds = events["kind"].to_pylist()
+    assert "died" in kinds
+    assert "lost" in kinds
+    assert kinds.count("joined") == 3, "two at the start, and one in a new life"
+    log = (folder / "nodes" / "row0.rack0.node000" / "node.log").read_text()
+    assert "putting its limits back as it found them" in log
+    requests = recording.summary["requests"]
+    assert requests["arrived"] == sum(
+        requests[key] for key in ("completed", "rejected", "lost", "in_flight")
+    )
+    attempts = recording.table("requests")["attempts"].to_numpy()
+    assert (attempts > 1).any(), "some were routed again"
+    # While it was silent, the node counted at its enforced limits.
+    rows = recording.table("rows")
+    t_s, draw_w = rows["t_s"].to_numpy(), rows["draw_w"].to_numpy()
+    assert np.isfinite(draw_w[t_s > 1.0]).all()
+    assert (limits_w(folder) == 700.0).all()
+
+
+def test_sigterm_ends_a_run_in_order(small_spec, tmp_path):
+    process = start(small_spec, tmp_path, "duration_s=60")
+    folder = wait_for(lambda: run_folder(tmp_path), what="the run folder")
+    wait_for(lambda: (folder / "gpus.arrows").exists(), what="telemetry")
+    process.terminate()
+    assert process.wait(timeout=20) != 0
+    assert not nodes_of(folder)
+    assert Recording.open(folder).manifest["exit_status"] == "interrupted"
+    assert (folder / "summary.json").exists()
+
+
+def test_a_node_that_cannot_join_says_why(tmp_path):
+    done = cli(
+        "node", "--coordinator", "tcp://127.0.0.1:0", "--name", "row0/rack0/node000",
+        "--emulate", "2xh100", "--state-dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "needs the coordinator's port" in done.stderr
+
+
+def test_port_in_use(small_spec, tmp_path):
+    import zmq
+
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+        done = cli(
+            "run", small_spec, "--mode", "emulated", "--bind", f"tcp://127.0.0.1:{port}",
+            "--out", tmp_path,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1 ports {port}" in done.stderr
+    assert "Traceback" not in done.stderr
