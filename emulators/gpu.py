@@ -140,11 +140,7 @@ class GpuBank:
         self._time_s += dt_s
         temp_c = self.thermal.advance(dt_s, self.power_w, self.inlet_c)
 
-        requested_w = control["power_limit_mw"] / 1000
-        out_of_band_w = self.state.measured["power_limit_oob_mw"] / 1000
-        self.enforced_w = np.where(
-            out_of_band_w > 0, np.minimum(requested_w, out_of_band_w), requested_w
-        )
+        self.enforced_w = self.state.enforced_mw() / 1000
         asked_frac = self._asked(temp_c, dt_s)
         activity = (busy_frac, tensor_frac, hbm_frac, self.clock_frac)
         self.demand_w = demand_w(profile, asked_frac, *activity)
@@ -180,7 +176,7 @@ class GpuBank:
         keep = np.exp(-dt_s / _CONTROL_WINDOW_S)
         self._smooth_w = self.power_w + (self._smooth_w - self.power_w) * keep
         excess_w = np.maximum(self._smooth_w - self.enforced_w, 0.0)
-        return self.enforced_w - _PAYBACK * excess_w
+        return np.maximum(self.enforced_w - _PAYBACK * excess_w, 0.85 * self.enforced_w)
 
     def _asked(self, temp_c: Floats, dt_s: float) -> Floats:
         """The clock that would run without a power cap: locks and heat."""
@@ -215,13 +211,15 @@ class GpuBank:
         average_w = self.power_w
         if window_s > 0 and self._time_s > then_s:
             average_w = (self.energy_j - then_j) / (self._time_s - then_s)
-        clock_mhz = np.where(
-            idle, profile.sm_clock_idle_mhz, self.clock_frac * profile.sm_clock_max_mhz
-        )
+        # Under a very low cap the board skips cycles: work runs slower than the clock it shows.
+        lowest_mhz = profile.sm_clock_idle_mhz + profile.sm_clock_step_mhz
+        lock_mhz = self.state.control["sm_clock_lock_max_mhz"]
+        lowest_mhz = np.where(lock_mhz > 0, np.minimum(lock_mhz, lowest_mhz), lowest_mhz)
+        work_mhz = np.maximum(self.clock_frac * profile.sm_clock_max_mhz, lowest_mhz)
+        clock_mhz = np.where(idle, profile.sm_clock_idle_mhz, work_mhz)
         with self.state.writing():
             measured["power_instant_mw"] = np.rint(self.power_w * 1000)
             measured["power_average_mw"] = np.rint(average_w * 1000)
-            measured["power_limit_enforced_mw"] = np.rint(self.enforced_w * 1000)
             measured["energy_mj"] = self.energy_j * 1000
             measured["sm_clock_mhz"] = np.rint(clock_mhz)
             measured["temp_c"] = np.maximum(np.rint(self.thermal.temp_c), 0)

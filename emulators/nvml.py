@@ -39,7 +39,7 @@ _FIELDS: dict[int, tuple[str, str]] = {
     187: ("measured", "power_limit_min_mw"),
     188: ("measured", "power_limit_max_mw"),
     189: ("measured", "power_limit_default_mw"),
-    190: ("measured", "power_limit_enforced_mw"),
+    190: ("enforced", ""),
     192: ("control", "power_limit_mw"),
 }
 """NVML field id -> where its value is kept."""
@@ -222,7 +222,8 @@ class EmulatedNvml:
 
     def nvmlDeviceGetEnforcedPowerLimit(self, handle: Handle) -> int:
         """mW in force, whoever asked."""
-        return int(self._measured(handle)["power_limit_enforced_mw"])
+        self._measured(handle)
+        return int(self._state.enforced_mw()[handle.index])
 
     def nvmlDeviceGetPowerManagementDefaultLimit(self, handle: Handle) -> int:
         """mW at power-on."""
@@ -251,7 +252,10 @@ class EmulatedNvml:
             value.timestamp = time.time_ns() // 1000
             if field_id in _FIELDS:
                 block, column = _FIELDS[field_id]
-                number = int(getattr(self._state, block)[column][handle.index])
+                if block == "enforced":
+                    number = int(self._state.enforced_mw()[handle.index])
+                else:
+                    number = int(getattr(self._state, block)[column][handle.index])
                 wide = column == "energy_mj"
                 value.valueType = (
                     pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG

@@ -183,7 +183,7 @@ class NodeGpus:
             power_instant_w=(measured["power_instant_mw"] / 1000).tolist(),
             power_avg_w=(measured["power_average_mw"] / 1000).tolist(),
             power_limit_w=(control["power_limit_mw"] / 1000).tolist(),
-            power_limit_enforced_w=(measured["power_limit_enforced_mw"] / 1000).tolist(),
+            power_limit_enforced_w=(self._state.enforced_mw() / 1000).tolist(),
             energy_j=(measured["energy_mj"] / 1000).tolist(),
             sm_clock_mhz=measured["sm_clock_mhz"].astype(float).tolist(),
             temp_c=measured["temp_c"].astype(float).tolist(),

@@ -63,7 +63,6 @@ MEASURED = np.dtype(
         ("power_limit_min_mw", "<u4"),
         ("power_limit_max_mw", "<u4"),
         ("power_limit_default_mw", "<u4"),
-        ("power_limit_enforced_mw", "<u4"),
         ("power_limit_oob_mw", "<u4"),  # out-of-band limit (a BMC's); 0 for none
         ("power_instant_mw", "<u4"),
         ("power_average_mw", "<u4"),
@@ -83,7 +82,6 @@ MEASURED = np.dtype(
         ("cuda_major", "<u4"),
         ("cuda_minor", "<u4"),
         ("num_processes", "<u4"),
-        ("pad", "<u4"),
         ("processes", PROCESS, (MAX_PROCESSES,)),
     ],
     align=True,
@@ -195,6 +193,18 @@ class GpuState:
     def slice(self, first: int, stop: int) -> GpuState:
         """The same memory, seen as GPUs ``first`` to ``stop``."""
         return GpuState(self.header, self.measured[first:stop], self.control[first:stop], self.path)
+
+    def enforced_mw(self) -> NDArray[np.uint32]:
+        """Limits in force: the requested ones, or lower ones set out of band.
+
+        Computed by whoever asks, so that a limit is in force the moment it is set.
+        """
+        requested = self.control["power_limit_mw"]
+        out_of_band = self.measured["power_limit_oob_mw"]
+        lower: NDArray[np.uint32] = np.where(
+            (out_of_band > 0) & (out_of_band < requested), out_of_band, requested
+        )
+        return lower
 
     def writing(self) -> GpuState:
         """Context in which measured fields change; readers can tell from the sequence counter."""

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.conftest import SMALL, table_hashes
 
@@ -114,11 +114,15 @@ def test_collapsing_iterations_changes_nothing(tmp_path):
 
 
 @settings(
-    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3,
+    deadline=None,
+    # A case takes seconds: shrinking it would take minutes and its seed says all.
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     seed=st.integers(0, 1000),
-    rate_rps=st.floats(0.5, 12.0),
+    rate_rps=st.floats(0.5, 8.0),
     budget_w=st.sampled_from([1000, 1400, 2000, 2800]),
     gpu=st.sampled_from(["h100-sxm", "a100-80gb"]),
     image_frac=st.sampled_from([0.0, 0.3]),
@@ -148,8 +152,8 @@ def test_ten_random_minutes_are_consistent(tmp_path, seed, rate_rps, budget_w, g
     assert (gpus["throttle"][~busy] & idle == idle).all()
     np.testing.assert_allclose(gpus["power_instant_w"][~busy], idle_w, atol=0.01)
     idle_mhz = gpus["sm_clock_mhz"][~busy].max()
-    capped_low = gpus["throttle"] & cap > 0
-    assert (gpus["sm_clock_mhz"][busy & ~capped_low] > idle_mhz).all()
+    assert (gpus["sm_clock_mhz"][busy] > idle_mhz).all()
+    assert (gpus["throttle"] & cap > 0).any() == bool(np.any(gpus["power_limit_w"] < 500))
     assert (gpus["fb_used_bytes"] < info["memory_total_bytes"].min()).all()
     assert (gpus["power_limit_enforced_w"] <= gpus["power_limit_w"] + 1e-3).all()
     assert (gpus["power_limit_w"] >= info["power_limit_min_w"].min()).all()
