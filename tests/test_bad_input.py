@@ -10,10 +10,11 @@ from tests.conftest import cli
     ("override", "says"),
     [
         ("cluster.row=1", "unknown field `row`"),
-        ("cluster.rows=0", ">= 1"),
+        ("cluster.rows=0", ">= 1 - at `$.cluster.rows`, not 0"),
         ('cluster.rows="two"', "got `str`"),
         ("duration_s=-1", "> 0"),
-        ("duration_s=nan", "finite"),
+        ("duration_s=nan", "not nan"),
+        ("duration_s=inf", "finite"),
         ("cluster.gpu=h9000", "none of"),
         ("pool.0.model=gpt-9", "none of"),
         ("pool.0.tp=3", "Invalid"),

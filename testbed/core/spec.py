@@ -14,6 +14,7 @@ testbed.core.errors.SpecError: run spec: Object contains unknown field `breaker_
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -197,7 +198,7 @@ def parse_spec(text: str, overrides: list[str] | tuple[str, ...] = ()) -> RunSpe
     try:
         spec = msgspec.convert(tree, RunSpec, strict=True)
     except msgspec.ValidationError as error:
-        raise SpecError(f"run spec: {error}") from None
+        raise SpecError(f"run spec: {error}{_value_at(tree, str(error))}") from None
     _check(spec)
     return spec
 
@@ -209,6 +210,17 @@ def load_spec(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> 
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"run spec {path}: cannot be read: {error}") from None
     return parse_spec(text, overrides)
+
+
+def _value_at(tree: Any, message: str) -> str:
+    """The value that a validation error is about, which msgspec does not say."""
+    found = re.search(r"at `\$(.*)`", message)
+    for step in re.findall(r"[^.\[\]]+", found.group(1)) if found else ():
+        try:
+            tree = tree[int(step)] if isinstance(tree, list) else tree[step]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return ""
+    return "" if isinstance(tree, dict | list) else f", not {tree!r}"
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
