@@ -13,9 +13,9 @@ as 1, because every request has a prompt and an answer.
 >>> spec = WorkloadSpec(source="azure_llm", trace="azure_llm_2023_conv")
 >>> requests = list(open_workload(spec, [ClassSpec()], 1, 600.0))
 >>> len(requests)
-3285
+2867
 >>> requests[1].arrival_s, requests[1].prompt_tokens, requests[1].output_tokens
-(4.31441, 396, 109)
+(4.314579, 396, 109)
 """
 
 from __future__ import annotations

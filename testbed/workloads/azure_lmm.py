@@ -9,18 +9,18 @@ parted by the measured size of an image.
 **Without a file** rows of the same four columns are made, and go the same way. They are synthetic,
 after the published plots of the trace (ModServe, SoCC 2025; `data/README.md`):
 
-- Arrivals follow five days of the trace's week, minute by minute: text and image requests each have
-  their own rate, smooth and daily for text, very spiky for images, and the peaks do not coincide.
-  The plots give the lowest and the highest minute of every 8; a minute's rate is drawn between them,
-  nearer to the lower one, such that both means are the published ones. Within a minute arrivals are
-  Poisson. ``start_s`` begins within the five days (image bursts: 16 and 18 October), which repeat.
+- Arrivals follow five days of the trace's week, minute by minute: text and image requests each
+  have their own rate, smooth and daily for text, very spiky for images, and the peaks do not
+  coincide. The plots give the lowest and the highest minute of every 8; a minute's rate is drawn
+  between them, nearer to the lower one, such that both means are the published ones. Within a
+  minute arrivals are Poisson. ``start_s`` begins within the five days, which repeat.
 - ``rate_rps`` multiplies the rates so that it is their mean over the five days, 1.65 if 0. Any hour
   has its own, as in the trace.
 - ``image_frac`` is the share of image requests over the five days, 0.49 if 0.
 - Context and output lengths have the trace's distributions, one pair for text and one for images.
   A request with more images has a longer context: a normal copula with correlation 0.9 couples
-  the two. That number is ours; it puts the median context of one-image requests near the 1,000
-  tokens seen in the trace.
+  the two. That number is ours; it puts the median context of one-image requests at 1,060 tokens
+  (a row of the trace: about 1,000) and that of four-image requests at 6,000 (a row: 4,564).
 
 >>> from testbed.core.spec import ClassSpec, WorkloadSpec
 >>> from testbed.workloads import open_workload
@@ -136,8 +136,8 @@ class _Week:
         text = _minutes(text_low, text_high, per_row, _TEXT_SKEW, job.streams, "text_minutes")
         image *= rate * image_frac / image.mean()
         text *= rate * (1 - image_frac) / text.mean()
-        expected = np.append(0.0, np.cumsum((image + text) * 60.0))
-        minute_s = np.arange(len(expected)) * 60.0
+        expected: Floats = np.cumsum(np.append(0.0, (image + text) * 60.0))
+        minute_s = np.arange(0.0, 60.0 * len(expected), 60.0)
         if job.spec.start_s >= minute_s[-1]:
             raise SpecError(
                 f"run spec: workload.start_s = {job.spec.start_s:g} must be below "

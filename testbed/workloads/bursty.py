@@ -3,6 +3,7 @@
 Gaps are gamma distributed, which is what ServeGen (NSDI 2026) fits to most clients of a large model
 service; 1 is Poisson, below it arrivals are more even. Everything else is as in `poisson`.
 
+>>> import numpy as np
 >>> from testbed.core.spec import ClassSpec, WorkloadSpec
 >>> from testbed.workloads import open_workload
 >>> spec = WorkloadSpec(source="bursty", rate_rps=100.0, burst_cv=4.0)
@@ -13,8 +14,6 @@ True
 """
 
 from __future__ import annotations
-
-import numpy as np
 
 from testbed.workloads import poisson
 from testbed.workloads.columns import Job, Source, SourceKind

@@ -12,7 +12,7 @@ images of one request have the same size.
 >>> image_counts(np.array([0.0, 0.66, 0.70, 0.80, 0.99]))
 array([ 1,  1,  2,  3, 23])
 >>> tokens_per_image(np.array([0.1, 0.5, 0.9]))
-array([   6,  701, 1224])
+array([   6,  713, 1224])
 """
 
 from __future__ import annotations

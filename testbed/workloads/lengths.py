@@ -5,7 +5,7 @@ is interpolated, because lengths spread over four decades.
 
 >>> chat = measured("chat_prompt")
 >>> chat.at(np.array([0.25, 0.5, 0.75, 0.99]))
-array([ 396, 1015, 1204, 4103])
+array([ 396, 1015, 1204, 4122])
 >>> halved = chat.with_mean(500.0, field="prompt_tokens")
 >>> round(halved.mean_tokens())
 500

@@ -11,7 +11,7 @@ Arrivals are Poisson: the published times are rounded to 3 s, so their burstines
 
 >>> prompts = prompt_lengths()
 >>> prompts.at(np.array([0.5, 0.9, 0.99, 0.999, 0.9999])).tolist()
-[7296, 28025, 89766, 287687, 921994]
+[7295, 28042, 89869, 288012, 923021]
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ they were; what happens within it becomes as even as a superposition of clients 
 would turn an hour's swing into a minute's, which no autoscaler could follow; copies shifted by
 hours would average the bursts away.)
 
+The rate asked for is the mean over the whole trace, as the trace's own is: a run that plays a
+quiet part of it sees less, a busy part more.
+
 ``start_s`` begins within the trace; the copies have been running since before that.
 """
 

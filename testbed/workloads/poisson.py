@@ -9,9 +9,9 @@ is that trace's own.
 >>> spec = WorkloadSpec(source="poisson", rate_rps=100.0, prompt_tokens=512.0)
 >>> requests = list(open_workload(spec, [ClassSpec()], 1, 60.0))
 >>> len(requests)
-6059
+6074
 >>> requests[0].id, requests[0].prompt_tokens, requests[0].output_tokens
-(0, 434, 365)
+(0, 499, 100)
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def open_source(job: Job) -> Source:
         np.maximum(file["output_tokens"], 1),
         file["num_images"] if with_images else none,
         file["image_tokens"] if with_images else none,
-        file["tenant"] if "tenant" in file else None,
-        file["slo_class"] if "slo_class" in file else None,
+        file.get("tenant"),
+        file.get("slo_class"),
     )
     chunks = play(trace, job, name)
     if not with_images:

@@ -100,6 +100,10 @@ class TraceFile:
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._columns[name]
 
+    def get(self, name: str) -> NDArray[Any] | None:
+        """A column, or None where the file does not have it."""
+        return self._columns.get(name)
+
     def require(self, name: str, good: NDArray[np.bool_], expected: str) -> None:
         """Refuse the file, naming the first row in which ``good`` is not set."""
         if not good.all():
@@ -192,9 +196,9 @@ def _values(column: Any, holds: Holds) -> NDArray[Any]:
 def _good(values: NDArray[Any], holds: Holds) -> NDArray[np.bool_]:
     """Which values are in the range of their kind."""
     if holds == "seconds":
-        return np.isfinite(values) & (values >= 0)
+        return np.asarray(np.isfinite(values) & (values >= 0))
     if holds == "count":
-        return (values >= 0) & (values <= _COUNT_MAX)
+        return np.asarray((values >= 0) & (values <= _COUNT_MAX))
     if holds == "name":
         return np.array([value != "" for value in values], dtype=bool)
     return np.ones(len(values), dtype=bool)
