@@ -212,9 +212,9 @@ class GpuBank:
         if window_s > 0 and self._time_s > then_s:
             average_w = (self.energy_j - then_j) / (self._time_s - then_s)
         # Under a very low cap the board skips cycles: work runs slower than the clock it shows.
-        lowest_mhz = profile.sm_clock_idle_mhz + profile.sm_clock_step_mhz
+        floor_mhz = profile.sm_clock_idle_mhz + profile.sm_clock_step_mhz
         lock_mhz = self.state.control["sm_clock_lock_max_mhz"]
-        lowest_mhz = np.where(lock_mhz > 0, np.minimum(lock_mhz, lowest_mhz), lowest_mhz)
+        lowest_mhz = np.where(lock_mhz > 0, np.minimum(lock_mhz, floor_mhz), floor_mhz)
         work_mhz = np.maximum(self.clock_frac * profile.sm_clock_max_mhz, lowest_mhz)
         clock_mhz = np.where(idle, profile.sm_clock_idle_mhz, work_mhz)
         with self.state.writing():

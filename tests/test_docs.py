@@ -6,10 +6,10 @@ import json
 import re
 
 from click.testing import CliRunner
-from tests.conftest import ROOT, cli
 
 from testbed.cli import main
 from testbed.policies.load import shipped_policies
+from tests.conftest import ROOT, cli
 
 
 def test_the_policy_in_the_guide_is_the_file_beside_it():

@@ -4,8 +4,8 @@ Once a row draws more than ``trip`` of its budget, each of its GPUs is held at a
 that much, in whole watts so that a limit reads back as it was set: from then on the limits keep the
 row under its breaker, with room for what a board's own controller overshoots. The caps come off
 when the row has drawn less than ``release`` of its budget for ``hold_s``; in between nothing
-changes, so that the policy does not hunt. A GPU not heard from for ``stale_s`` counts at its enforced limit:
-unseen, it may draw all it is allowed.
+changes, so that the policy does not hunt. A GPU not heard from for ``stale_s`` counts at its
+enforced limit: unseen, it may draw all it is allowed.
 
 >>> from testbed.core.view import view_of
 >>> policy = RowPowerCap()

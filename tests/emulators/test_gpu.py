@@ -109,7 +109,6 @@ def test_a_lower_out_of_band_limit_is_the_one_enforced():
     gpus = bank()
     gpus.state.measured["power_limit_oob_mw"] = 400_000
     drive(gpus, Prefill(), 3)
-    row = gpus.state.measured[0]
     assert gpus.state.enforced_mw()[0] == 400_000
     assert gpus.state.control["power_limit_mw"][0] == 700_000
     assert gpus.power_w[0] <= 401

@@ -1,4 +1,4 @@
-"""Real processes over ZeroMQ on 127.0.0.1: emulated runs, and what happens when parts are killed."""
+"""Real processes over ZeroMQ on 127.0.0.1: emulated runs, and what happens when parts die."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from tests.conftest import ROOT, cli
 
 from emulators.state import GpuState
 from testbed.analysis.summary import summarise
 from testbed.recorder.reader import Recording
+from tests.conftest import ROOT, cli
 
 pytestmark = pytest.mark.live
 
@@ -113,9 +113,7 @@ def test_kill_the_coordinator_and_nodes_go_to_safe_caps(small_spec, tmp_path):
         killed = time.monotonic()
         process.wait()
         safe_w = 0.95 * 1700 // 4
-        wait_for(
-            lambda: (limits_w(folder) <= safe_w).all(), timeout_s=2.0 + 1.5, what="safe caps"
-        )
+        wait_for(lambda: (limits_w(folder) <= safe_w).all(), timeout_s=2.0 + 1.5, what="safe caps")
         assert time.monotonic() - killed < 3.5
         assert limits_w(folder).sum(axis=1).max() <= 1700
         time.sleep(1.5)

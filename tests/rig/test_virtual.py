@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tests.conftest import SMALL, table_hashes
 
 from testbed import rig
 from testbed.core.spec import parse_spec
 from testbed.policies.load import load_controller
 from testbed.recorder.reader import Recording
 from testbed.recorder.replay import replay
+from tests.conftest import SMALL, table_hashes
 
 
 def run(tmp_path, *overrides, text=SMALL):
@@ -163,9 +163,7 @@ def test_ten_random_minutes_are_consistent(tmp_path, seed, rate_rps, budget_w, g
         instant_w = gpus["power_instant_w"][mine].astype(float)
         assert (np.diff(energy_j) >= 0).all()
         # Energy is the integral of instant power; a tick's power covers the tick before it.
-        np.testing.assert_allclose(
-            np.diff(energy_j), (instant_w * 0.1)[1:], rtol=1e-3, atol=2e-3
-        )
+        np.testing.assert_allclose(np.diff(energy_j), (instant_w * 0.1)[1:], rtol=1e-3, atol=2e-3)
         if gpu == "h100-sxm":  # reported power is the 1-second mean
             window_j = energy_j[10:] - energy_j[:-10]
             np.testing.assert_allclose(
