@@ -189,7 +189,7 @@ class ClockSync:
     >>> sync = ClockSync()
     >>> sync.add(sent_ns=0, answered_ns=1_000_500, received_ns=1_000)
     >>> sync.add(sent_ns=5_000, answered_ns=1_009_000, received_ns=9_000)
-    >>> sync.offset_ns, sync.error_s
+    >>> sync.offset_ns, round(sync.error_s, 9)
     (1000000, 5e-07)
     """
 
