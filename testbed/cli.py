@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pynvml
 from rich.console import Console
 from rich.table import Table
 
 from emulators.models import available_models
 from emulators.profiles import available_gpus
+from testbed import emulate as emulation
 from testbed import rig
 from testbed.analysis.compare import compare as comparison
 from testbed.analysis.compare import comparison_lines, write_comparison
 from testbed.analysis.export import export as export_recording
 from testbed.analysis.report import write_report
-from testbed.core.errors import TestbedError
+from testbed.core.errors import DeviceError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
 from testbed.policies.load import load_controller, shipped_policies
 from testbed.recorder.replay import replay as replay_policies
@@ -215,6 +217,36 @@ def node(**options: Any) -> None:
         rig.NodeOptions(**options),
         log=lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True),
     )
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.option("--gpus", default="8xH100", show_default=True, metavar="COUNTxMODEL")
+@click.option("--load", default="idle", show_default=True,
+              help="idle, decode, prefill, constant:SHARE or sine:PERIOD_S.")  # fmt: skip
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def emulate(gpus: str, load: str, command: tuple[str, ...]) -> None:
+    """Run any NVML program against emulated GPUs: testbed emulate --gpus 8xH100 -- nvitop."""
+    count, name = rig.parse_gpus(gpus)
+    raise SystemExit(
+        emulation.emulate(
+            count,
+            name,
+            emulation.parse_load(load),
+            list(command),
+            lambda text: click.echo(f"warning: {text}", err=True),
+        )
+    )
+
+
+@main.command()
+@click.option("--state", type=click.Path(path_type=Path),
+              help="State file of emulated GPUs, as runs/<id>/nodes/<node>/gpus.state.")  # fmt: skip
+def smi(state: Path | None) -> None:
+    """Show GPUs as NVML shows them: emulated ones by state file, else the driver's."""
+    try:
+        _OUT.print(emulation.smi_table(emulation.open_nvml(state)))
+    except pynvml.NVMLError as error:
+        raise DeviceError(f"NVML: {error}") from None
 
 
 # Recordings.
