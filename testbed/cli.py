@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pynvml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from emulators.models import available_models
@@ -27,6 +28,7 @@ from testbed.analysis.export import export as export_recording
 from testbed.analysis.report import write_report
 from testbed.core.errors import DeviceError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
+from testbed.doctor import examine
 from testbed.policies.load import load_controller, shipped_policies
 from testbed.recorder.replay import replay as replay_policies
 
@@ -208,6 +210,7 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 @click.option("--inlet-c", default=24.0, show_default=True)
 @click.option("--temp-spread-c", default=2.0, show_default=True)
 @click.option("--delay-s", default=0.005, show_default=True, help="Agreed delay of the wire.")
+@click.option("--tenants", default="", metavar="JSON", help="The run file's tenants table.")
 @click.option("--orphan-exit-s", default=float("inf"), show_default=True,
               help="Leave when the coordinator is silent for this long.")  # fmt: skip
 @click.option("--allow-hardware-writes", is_flag=True, help="Really set limits on real GPUs.")
@@ -217,6 +220,22 @@ def node(**options: Any) -> None:
         rig.NodeOptions(**options),
         log=lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True),
     )
+
+
+@main.command()
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Say what this node can measure and throttle, why not, and what to do."""
+    findings = examine()
+    if as_json:
+        _print_json([finding._asdict() for finding in findings])
+        return
+    table = Table(title="this node")
+    for head in ("what", "works", "found", "what to do"):
+        table.add_column(head)
+    for what, works, detail, todo in findings:
+        table.add_row(what, "yes" if works else "no", escape(detail), escape(todo))
+    _OUT.print(table)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
@@ -240,7 +259,7 @@ def emulate(gpus: str, load: str, command: tuple[str, ...]) -> None:
 
 @main.command()
 @click.option("--state", type=click.Path(path_type=Path),
-              help="State file of emulated GPUs, as runs/<id>/nodes/<node>/gpus.state.")  # fmt: skip
+              help="State file of emulated GPUs: runs/<id>/nodes/<node>/gpus.state.")  # fmt: skip
 def smi(state: Path | None) -> None:
     """Show GPUs as NVML shows them: emulated ones by state file, else the driver's."""
     try:

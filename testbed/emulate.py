@@ -6,8 +6,8 @@ to that file. The command's process is shown as the one that holds the memory.
 
 A load says what the GPUs do while the command runs:
 
-- ``idle``; ``decode`` (memory-bound, hardly needs the clock); ``prefill`` (as fast as the clock is);
-- ``constant:0.6``: prefill for 60 % of each tick; ``sine:PERIOD_S``: from idle to prefill and back.
+- ``idle``; ``decode`` (memory-bound, hardly needs the clock); ``prefill`` (as fast as the clock);
+- ``constant:0.6``: prefill for 60 % of each tick; ``sine:PERIOD_S``: idle to prefill and back.
 
 >>> parse_load("constant:0.5")(0.0, np.ones(2), load_gpu("h100-sxm")).busy_frac.tolist()
 [0.5, 0.5]

@@ -28,13 +28,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from daemons.devices.host import boot_id
 from daemons.devices.nvml import NvmlGpus
 from daemons.node import NodeDaemon
 from daemons.safety import CapGuard, Journal
+from daemons.tenants import TenantHost, TenantPlan, load_memory_trace
 from emulators.gpu import GpuBank
+from emulators.memory import ModelledTenants
 from emulators.models import load_model
 from emulators.nvml import EmulatedNvml
 from emulators.profiles import GpuProfile, load_gpu
@@ -56,7 +59,7 @@ from testbed.core.clock import (
 )
 from testbed.core.errors import DeviceError, SpecError, TransportError
 from testbed.core.messages import Bye, Envelope, GpuInfo, Hello, InstanceConfig, Ping, Pong
-from testbed.core.spec import RunSpec
+from testbed.core.spec import RunSpec, TenantsSpec
 from testbed.core.transport.memory import Network
 from testbed.core.transport.zmq import ZmqHub, ZmqSpoke
 from testbed.policies.load import load_controller, load_router
@@ -213,6 +216,25 @@ def _bank(spec: RunSpec, profile: GpuProfile, state: GpuState, nodes: list[int])
     return GpuBank(profile, state, inlet_c=cluster.inlet_c, offset_c=offsets_c)
 
 
+def tenant_plan(tenants: TenantsSpec, place: int) -> TenantPlan | None:
+    """The memory tenants of the node at ``place``, or None if it has none.
+
+    Raises:
+        TraceError: the memory trace cannot be read.
+    """
+    if not tenants.per_node:
+        return None
+    memory_bytes = int(tenants.memory_mib * 2**20)
+    return TenantPlan(
+        count=tenants.per_node,
+        memory_bytes=memory_bytes,
+        guaranteed_bytes=int(memory_bytes * tenants.guaranteed_frac),
+        trace=load_memory_trace(tenants.trace),
+        speedup=tenants.speedup,
+        first_day=place * tenants.per_node,
+    )
+
+
 class _NoJournal(Journal):
     """In virtual time nothing can be left behind."""
 
@@ -357,7 +379,8 @@ def _run_virtual(parts: _Parts) -> None:
     )
     nodes: list[_Node] = []
     for index, name in enumerate(names):
-        nodes.append(_virtual_node(name, index, servers, network, loop))
+        plan = tenant_plan(spec.tenants, index)
+        nodes.append(_virtual_node(name, index, servers, network, loop, plan))
     # Nodes join before time zero, as they do in a live run.
     loop.now_s = -1.0
     for node in nodes:
@@ -386,7 +409,12 @@ def _run_virtual(parts: _Parts) -> None:
 
 
 def _virtual_node(
-    name: str, index: int, servers: ServerBank, network: Network, loop: VirtualScheduler
+    name: str,
+    index: int,
+    servers: ServerBank,
+    network: Network,
+    loop: VirtualScheduler,
+    plan: TenantPlan | None,
 ) -> _Node:
     gpus, serving = servers.gpus[index], servers.serving[index]
 
@@ -394,7 +422,10 @@ def _virtual_node(
         shell.deliver(envelope, due_s)
 
     spoke = network.spoke(name, 1, deliver)
-    daemon = NodeDaemon(name, gpus, CapGuard(gpus, _NoJournal()), serving, spoke.send)
+    tenants = ModelledTenants(plan) if plan is not None else None
+    daemon = NodeDaemon(
+        name, gpus, CapGuard(gpus, _NoJournal()), serving, spoke.send, tenants=tenants
+    )
     shell = _Node(daemon, loop)
     return shell
 
@@ -559,6 +590,8 @@ class _Crew:
             command += ["--seed", str(spec.seed), "--place", str(index)]
             command += ["--inlet-c", str(cluster.inlet_c)]
             command += ["--temp-spread-c", str(cluster.temp_spread_c)]
+        if spec.tenants.per_node:
+            command += ["--tenants", msgspec.json.encode(spec.tenants).decode()]
         with (place / "node.log").open("ab") as log:
             # A session of its own: Ctrl-C reaches the coordinator, which ends its nodes in order.
             self._processes[name] = subprocess.Popen(
@@ -627,6 +660,8 @@ class NodeOptions:
     inlet_c: float = 24.0
     temp_spread_c: float = 2.0
     delay_s: float = 0.005
+    tenants: str = ""
+    """The run file's ``tenants`` table as JSON; empty for none."""
     allow_hardware_writes: bool = False
     orphan_exit_s: float = math.inf
     """Leave when the coordinator has been silent for this long; by default stay, at safe caps."""
@@ -679,7 +714,14 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         gpus = NvmlGpus(EmulatedNvml(servers.bank.state))
         guard = CapGuard(gpus, Journal(options.state_dir / "journal.json"), log=log)
         daemon = NodeDaemon(
-            options.name, gpus, guard, servers.serving[0], spoke.send, boot_id=boot_id(), log=log
+            options.name,
+            gpus,
+            guard,
+            servers.serving[0],
+            spoke.send,
+            boot_id=boot_id(),
+            tenants=_node_tenants(options, log, stack),
+            log=log,
         )
         shell = _Node(daemon, loop)
         with _signals(loop.stop) as caught:
@@ -714,6 +756,29 @@ def _node_servers(options: NodeOptions) -> ServerBank:
     state = GpuState.create(count, path=options.state_dir / "gpus.state")
     bank = GpuBank(profile, state, inlet_c=options.inlet_c, offset_c=offsets_c)
     return ServerBank(bank, num_nodes=1)
+
+
+def _node_tenants(
+    options: NodeOptions, log: Callable[[str], None], stack: contextlib.ExitStack
+) -> TenantHost | ModelledTenants | None:
+    """Real tenants where this node may have them, else modelled ones, saying why."""
+    if not options.tenants:
+        return None
+    try:
+        spec = msgspec.json.decode(options.tenants, type=TenantsSpec)
+    except msgspec.MsgspecError as error:
+        raise SpecError(f"--tenants: {error}") from None
+    plan = tenant_plan(spec, options.place)
+    if plan is None:
+        return None
+    try:
+        name = f"serving-testbed-{os.getpid()}"
+        host = TenantHost(plan, options.state_dir, name=name, swap_mib=spec.swap_mib, log=log)
+    except DeviceError as error:
+        log(f"memory tenants are modelled: {error}")
+        return ModelledTenants(plan, str(error))
+    stack.callback(host.close)
+    return host
 
 
 def _say_hello(daemon: NodeDaemon, spoke: ZmqSpoke, sync: ClockSync, caught: list[int]) -> None:

@@ -136,6 +136,9 @@ class Layout:
         self.instances.num_gpus[:] = instance_gpus
         self.tenants = empty_tenants(tuple(tenant_names))
         self.tenants.node[:] = [self.by_name[t.rpartition("/")[0]].index for t in tenant_names]
+        sold_bytes = float(int(spec.tenants.memory_mib * 2**20))
+        self.tenants.memory_bytes[:] = sold_bytes
+        self.tenants.guaranteed_bytes[:] = sold_bytes * spec.tenants.guaranteed_frac // 1
         row_names = tuple(dict.fromkeys(row_of(node.name) for node in self.nodes))
         budget_w = cluster.row_budget_w or np.inf
         self.rows = RowColumns(row_names, np.full(len(row_names), budget_w))

@@ -263,7 +263,9 @@ class Coordinator:
         node.drift_total = report.drift_total
         if not node.live:
             node.live = True
-            self._event(now_s, "info", node.name, "joined", f"life {node.incarnation}")
+            backing = node.tenant_infos[0].backing if node.tenant_infos else ""
+            text = f"life {node.incarnation}" + (f"; memory tenants: {backing}" if backing else "")
+            self._event(now_s, "info", node.name, "joined", text)
             fresh = self._limit_w[node.gpus] == 0
             self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
             self._lease(node, now_s)

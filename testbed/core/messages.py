@@ -53,6 +53,8 @@ class TenantInfo(_Wire, frozen=True):
     name: str
     guaranteed_bytes: int
     memory_bytes: int
+    backing: str
+    """What holds it: ``real`` cgroups, or a model and why."""
 
 
 class EngineConfig(_Wire, frozen=True):
@@ -334,5 +336,5 @@ def decode(data: bytes) -> Envelope:
     """
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TransportError(f"bad message of {len(data)} bytes: {error}") from None

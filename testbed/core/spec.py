@@ -113,6 +113,9 @@ class TenantsSpec(_Table, frozen=True):
     memory_mib: Positive = 64.0
     guaranteed_frac: Frac = 0.5
     trace: str = "vm_memory"
+    """Memory use over days: one we ship, or a CSV file of day, slot (5 minutes) and memory_frac."""
+    speedup: Positive = 300.0
+    """By how much the trace's time is compressed: 300 plays 5 minutes in a second."""
     swap_mib: NotNegative = 0.0
     """Size of a zram swap device to make if the node has no swap; 0 makes none."""
 

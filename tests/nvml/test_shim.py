@@ -125,8 +125,10 @@ def test_structs_have_nvidias_sizes_and_offsets(tmp_path):
         lines.append("int main(void) {")
         for struct, fields in structs.items():
             lines.append(f'printf("{struct} %zu\\n", sizeof({struct}));')
-            for field in fields:
-                lines.append(f'printf("{struct}.{field} %zu\\n", offsetof({struct}, {field}));')
+            lines += [
+                f'printf("{struct}.{field} %zu\\n", offsetof({struct}, {field}));'
+                for field in fields
+            ]
         source = tmp_path / f"sizes{place}.c"
         source.write_text("\n".join([*lines, "return 0; }"]))
         program = source.with_suffix("")

@@ -1,0 +1,231 @@
+"""Host memory: real tenants in real control groups, their modelled twins, and the policy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from daemons.devices import cgroup
+from daemons.devices.zram import CONTROL, swap_bytes
+from daemons.tenants import TenantHost, TenantPlan, load_memory_trace
+from emulators.memory import ModelledTenants
+from testbed.core.errors import DeviceError, TraceError
+from testbed.core.view import empty_tenants, view_of
+from testbed.policies.memory_pressure import MemoryPressure
+from tests.conftest import ROOT
+
+MIB = 1 << 20
+
+
+def plan(count=1, share=0.9, **kwargs) -> TenantPlan:
+    trace = kwargs.pop("trace", np.full((1, 288), share))
+    return TenantPlan(count, 96 * MIB, 40 * MIB, trace, kwargs.pop("speedup", 300.0))
+
+
+def may_have_tenants() -> str:
+    """Why this machine cannot have real tenants; empty if it can."""
+    found = cgroup.probe()
+    if not found.memory or not found.writable:
+        return f"no writable memory cgroups: {found.reasons}"
+    if not swap_bytes()[0] and not (os.geteuid() == 0 and CONTROL.exists()):
+        return "no swap, and no zram to make some"
+    return ""
+
+
+real = pytest.mark.real_memory
+needs_real = pytest.mark.skipif(bool(may_have_tenants()), reason=may_have_tenants())
+
+
+def groups_named(name: str) -> list[Path]:
+    return list(cgroup.ROOT.glob(f"*/{name}*")) + list(cgroup.ROOT.glob(f"{name}*"))
+
+
+@pytest.fixture
+def host(tmp_path):
+    name = f"testbed-test-{os.getpid()}"
+    before = swap_bytes()[0]
+    running = TenantHost(plan(), tmp_path, name=name, swap_mib=256)
+    yield running
+    running.close()
+    assert not groups_named(name)
+    assert swap_bytes()[0] == before
+
+
+def watch(tenants, seconds, begin_s=0.0):
+    """Readings over some seconds; the last one."""
+    for step in range(int(seconds * 10)):
+        reading = tenants.read(begin_s + step * 0.1)
+        time.sleep(0.1)
+    return reading
+
+
+@real
+@needs_real
+def test_below_its_working_set_a_tenant_slows_and_recovers(host):
+    calm = watch(host, 2.0)
+    assert calm.current_bytes[0] > 70 * MIB
+    assert calm.slowdown_frac[0] < 0.3
+    host.set_limit(0, 48 * MIB)
+    tight = watch(host, 2.5)
+    assert tight.limit_bytes[0] == 48 * MIB
+    assert tight.current_bytes[0] <= 49 * MIB
+    assert tight.swap_bytes[0] > 10 * MIB
+    assert tight.major_faults_total[0] > calm.major_faults_total[0] + 500
+    assert tight.slowdown_frac[0] > 0.5
+    pressed_s = host._tenants[0].group.read().pressure_some_s
+    if cgroup.probe().pressure:
+        assert pressed_s > 0
+    host.set_limit(0, 96 * MIB)
+    eased = watch(host, 4.0)
+    assert eased.slowdown_frac[0] < 0.5
+    assert host.oom_kills_total() == 0
+
+
+@real
+@needs_real
+def test_a_limit_never_goes_below_the_guaranteed_part(host):
+    watch(host, 0.5)
+    host.set_limit(0, 1 * MIB)
+    assert watch(host, 1.0).limit_bytes[0] == 40 * MIB
+
+
+@real
+@needs_real
+def test_the_policy_trims_what_is_not_missed_and_kills_nothing(tmp_path):
+    trace = np.concatenate([np.full(144, 0.35), np.full(144, 0.85)])[None, :]
+    name = f"testbed-test-{os.getpid()}"
+    host = TenantHost(plan(trace=trace, speedup=300 * 24), tmp_path, name=name, swap_mib=256)
+    policy = MemoryPressure(period_s=0.5, settle_s=3.0)
+    view = view_of([[0.0]])
+    view.tenants = empty_tenants(("tenant0",))
+    view.tenants.guaranteed_bytes[:], view.tenants.memory_bytes[:] = 40 * MIB, 96 * MIB
+    limits = []
+    try:
+        for step in range(110):
+            now_s = step * 0.1
+            reading = host.read(now_s)
+            for column in reading.__struct_fields__:
+                getattr(view.tenants, column)[:] = getattr(reading, column)
+            view.now_s = view.tenants.t_s[0] = now_s
+            if step % 5 == 0:
+                for command in policy.step(view):
+                    host.set_limit(0, int(command.memory_limit_bytes[0]))
+            limits.append(reading.limit_bytes[0])
+            time.sleep(0.1)
+        kills = host.oom_kills_total()
+    finally:
+        host.close()
+    assert kills == 0
+    assert min(limits) >= 40 * MIB
+    assert min(limits[:60]) < 60 * MIB, "what nobody misses is taken back"
+    assert max(limits[70:]) > 70 * MIB, "and given back when it is missed"
+
+
+@real
+@needs_real
+def test_nothing_is_left_behind_after_kill_9(tmp_path):
+    name = f"testbed-test-kill-{os.getpid()}"
+    before = swap_bytes()[0]
+    code = (
+        "import sys, time, numpy as np\nfrom pathlib import Path\n"
+        "from daemons.tenants import TenantHost, TenantPlan\n"
+        "plan = TenantPlan(2, 64 << 20, 32 << 20, np.full((1, 288), 0.9), 300.0)\n"
+        f"host = TenantHost(plan, Path(sys.argv[1]), name={name!r}, swap_mib=128)\n"
+        "host.set_limit(0, 32 << 20)\nprint('up', flush=True)\n"
+        "for k in range(1000):\n    host.read(k * 0.1); time.sleep(0.1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"up\n"
+    time.sleep(1.0)
+    assert groups_named(name)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and (groups_named(name) or swap_bytes()[0] != before):
+        time.sleep(0.1)
+    assert not groups_named(name)
+    assert swap_bytes()[0] == before
+    for child in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            assert str(tmp_path) not in " ".join(child.info["cmdline"] or [])
+
+
+@real
+@needs_real
+def test_no_oversubscription_without_swap(tmp_path):
+    if swap_bytes()[0]:
+        pytest.skip("this machine has swap")
+    with pytest.raises(DeviceError, match="needs swap"):
+        TenantHost(plan(), tmp_path, name=f"testbed-test-{os.getpid()}")
+    assert not groups_named(f"testbed-test-{os.getpid()}")
+
+
+def test_without_privileges_the_reason_is_said(tmp_path):
+    with pytest.raises(DeviceError, match="no memory cgroups"):
+        TenantHost(plan(), tmp_path, name="x", root=tmp_path)
+
+
+def test_modelled_tenants_behave_alike():
+    model = ModelledTenants(plan())
+    calm = model.read(2.0)
+    assert calm.slowdown_frac[0] == 0.0
+    model.set_limit(0, 48 * MIB)
+    for step in range(30):
+        tight = model.read(2.0 + step * 0.1)
+    assert tight.current_bytes[0] <= 48 * MIB
+    assert tight.major_faults_total[0] > 500
+    assert tight.slowdown_frac[0] > 0.5
+    assert tight.pressure_some_frac[0] > 0.005
+    model.set_limit(0, 96 * MIB)
+    for step in range(60):
+        eased = model.read(5.0 + step * 0.1)
+    assert eased.slowdown_frac[0] < 0.2
+    model.set_limit(0, 0)
+    assert model.read(20.0).limit_bytes[0] == 40 * MIB
+
+
+def test_the_trace_we_ship():
+    trace = load_memory_trace()
+    assert trace.shape[1] == 288
+    assert trace.shape[0] >= 20
+    assert 0 < trace.min() < trace.max() <= 1
+    assert plan(trace=trace).working_set_bytes(0, 10.0) > 0
+
+
+def test_a_broken_memory_trace_is_named(tmp_path):
+    path = tmp_path / "broken.csv"
+    path.write_text("day,slot,memory_frac\n0,0,much\n")
+    with pytest.raises(TraceError, match="much"):
+        load_memory_trace(str(path))
+    with pytest.raises(TraceError, match="No such file"):
+        load_memory_trace(str(tmp_path / "none.csv"))
+
+
+def test_the_policy_serves_those_who_wait_from_a_short_pool():
+    policy = MemoryPressure(pool_frac=0.6)
+    view = view_of([[0.0]])
+    tenants = view.tenants = empty_tenants(("calm", "waits", "waits-more"))
+    tenants.guaranteed_bytes[:], tenants.memory_bytes[:] = 50.0 * MIB, 100.0 * MIB
+    tenants.limit_bytes[:] = tenants.current_bytes[:] = 60.0 * MIB
+    tenants.t_s[:] = 10.0
+    tenants.pressure_some_frac[:] = [0.0, 0.1, 0.5]
+    [command] = policy.step(view)
+    limits = dict(zip(command.tenants.tolist(), command.memory_limit_bytes, strict=True))
+    assert limits[2] > 60 * MIB
+    total = sum(limits.get(k, 60.0 * MIB) for k in range(3))
+    assert total <= 0.6 * 300 * MIB + 3 * 4096
+    assert min(limits.values()) >= 50 * MIB - 4096
