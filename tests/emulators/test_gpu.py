@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
+import pynvml
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulators.gpu import IDLE, SW_POWER_CAP, SW_THERMAL, GpuBank
+from emulators.nvml import EmulatedNvml
 from emulators.power import clock_for_limit, demand_w, power_w
 from emulators.profiles import available_gpus, load_gpu, load_sources
 from emulators.state import GpuState
@@ -207,3 +211,48 @@ def test_every_constant_has_a_source(name):
     constants = set(load_gpu(name).__struct_fields__) - {"name", "full_name", "architecture"}
     assert constants == set(sources)
     assert all(len(text) > 5 for text in sources.values())
+
+
+ticks = st.lists(
+    st.tuples(
+        st.floats(0, 1), st.floats(0, 0.75), st.floats(0, 0.9), st.sampled_from([0, 250, 450, 700])
+    ),
+    min_size=5,
+    max_size=60,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(ticks=ticks, gpu=st.sampled_from(["h100-sxm", "a100-80gb"]))
+def test_what_nvml_shows_is_consistent_at_every_tick(ticks, gpu):
+    """HARDWARE's consistency rules, over random work and limits set at random moments."""
+    gpus = bank(gpu=gpu)
+    gpus.load(0, pid=os.getpid(), used_bytes=60 << 30)
+    nvml = EmulatedNvml(gpus.state)
+    nvml.nvmlInit()
+    handle = nvml.nvmlDeviceGetHandleByIndex(0)
+    low_w, high_w = gpus.profile.power_limit_range_w
+    energy_j = gpus.energy_j[0]
+    for busy, tensor, hbm, limit_w in ticks:
+        if limit_w:
+            wanted_mw = round(min(max(limit_w, low_w), high_w) * 1000)
+            nvml.nvmlDeviceSetPowerManagementLimit(handle, wanted_mw)
+        gpus.advance(0.1, work(busy), work(tensor * busy), work(hbm * busy))
+        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+        enforced_mw = nvml.nvmlDeviceGetEnforcedPowerLimit(handle)
+        assert bool(reasons & SW_POWER_CAP) == bool(gpus.demand_w[0] * 1000 > enforced_mw)
+        assert bool(reasons & IDLE) == (busy == 0)
+        assert enforced_mw <= nvml.nvmlDeviceGetPowerManagementLimit(handle)
+        assert low_w * 1000 <= enforced_mw <= high_w * 1000
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2)
+        assert memory.used + memory.free + memory.reserved == memory.total
+        held = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        assert sum(process.usedGpuMemory for process in held) <= memory.used
+        if nvml.nvmlDeviceGetUtilizationRates(handle).gpu > 0:
+            assert memory.used > 0
+            assert held
+            assert gpus.power_w[0] > gpus.profile.idle_w
+            clock_mhz = nvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
+            assert clock_mhz > gpus.profile.sm_clock_idle_mhz
+        assert gpus.energy_j[0] == pytest.approx(energy_j + gpus.power_w[0] * 0.1)
+        energy_j = gpus.energy_j[0]

@@ -1,0 +1,224 @@
+"""A node's process: the daemon on real time, with emulated or real devices."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from daemons.devices.host import boot_id
+from daemons.devices.nvml import NvmlGpus
+from daemons.node import NodeDaemon
+from daemons.safety import CapGuard, Journal
+from daemons.tenants import TenantHost
+from emulators.gpu import GpuBank
+from emulators.memory import ModelledTenants
+from emulators.nvml import EmulatedNvml
+from emulators.profiles import load_gpu
+from emulators.server import ServerBank
+from emulators.state import GpuState
+from testbed.core.clock import (
+    PHYSICS,
+    SAMPLE,
+    ClockSync,
+    LiveScheduler,
+)
+from testbed.core.errors import DeviceError, SpecError
+from testbed.core.messages import Bye, Envelope, Ping, Pong
+from testbed.core.spec import TenantsSpec
+from testbed.core.transport.zmq import ZmqSpoke
+from testbed.shells.live import signals_stop
+from testbed.shells.plant import tenant_plan
+from testbed.shells.schedule import NodeSchedule
+
+
+@dataclass(slots=True)
+class NodeOptions:
+    """What ``testbed node`` was told on its command line."""
+
+    coordinator: str
+    name: str
+    state_dir: Path
+    emulate: str = ""
+    """``8xh100-sxm``; empty for the driver's GPUs."""
+    seed: int = 1
+    place: int = 0
+    """Index of the node in the run; decides its GPUs' temperature offsets."""
+    inlet_c: float = 24.0
+    temp_spread_c: float = 2.0
+    delay_s: float = 0.005
+    tenants: str = ""
+    """The run file's ``tenants`` table as JSON; empty for none."""
+    allow_hardware_writes: bool = False
+    orphan_exit_s: float = math.inf
+    """Leave when the coordinator has been silent for this long; by default stay, at safe caps."""
+
+
+def parse_gpus(text: str) -> tuple[int, str]:
+    """``8xH100`` as a count and a profile's name.
+
+    >>> parse_gpus("8xH100"), parse_gpus("2xa100-80gb")
+    ((8, 'h100-sxm'), (2, 'a100-80gb'))
+    """
+    count, cross, name = text.lower().partition("x")
+    if not cross or not count.isdigit() or not 1 <= int(count) <= 64:
+        raise SpecError(f"GPUs {text!r}: expected COUNTxMODEL with 1 to 64 GPUs, as in 8xH100")
+    short = {"h100": "h100-sxm", "a100": "a100-80gb"}
+    return int(count), load_gpu(short.get(name, name)).name
+
+
+def node(options: NodeOptions, log: Callable[[str], None]) -> None:
+    """Be a node daemon until told to stop.
+
+    Raises:
+        TestbedError: the devices or the coordinator cannot be used.
+    """
+    sync = ClockSync()
+
+    def deliver(envelope: Envelope, due_s: float) -> None:
+        body = envelope.body
+        if isinstance(body, Pong):
+            sync.add(body.sent_ns, body.answered_ns, time.monotonic_ns())
+        elif daemon.welcome is None:
+            daemon.on_message(envelope, 0.0)
+        else:
+            shell.deliver(envelope, due_s)
+
+    loop = LiveScheduler(lambda timeout_s: spoke.poll(timeout_s))
+    spoke = ZmqSpoke(
+        options.coordinator,
+        options.name,
+        time.time_ns(),
+        deliver,
+        options.delay_s,
+        now_s=loop.wall_s,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(spoke.close)
+        servers = _node_servers(options) if options.emulate else None
+        if servers is None:
+            raise DeviceError("hardware mode")
+        gpus = NvmlGpus(EmulatedNvml(servers.bank.state))
+        guard = CapGuard(gpus, Journal(options.state_dir / "journal.json"), log=log)
+        daemon = NodeDaemon(
+            options.name,
+            gpus,
+            guard,
+            servers.serving[0],
+            spoke.send,
+            boot_id=boot_id(),
+            tenants=_node_tenants(options, log, stack),
+            log=log,
+        )
+        shell = NodeSchedule(daemon, loop)
+        with signals_stop(loop.stop) as caught:
+            _say_hello(daemon, spoke, sync, caught)
+            if daemon.welcome is not None:
+                _serve_node(options, daemon, shell, loop, spoke, servers, sync)
+        late = loop.lateness
+        reason = daemon.stopped or ("told by a signal" if caught else "no coordinator")
+        daemon.close(
+            loop.wall_s(),
+            Bye(
+                reason,
+                late.percentile_s(0.5),
+                late.percentile_s(0.99),
+                late.max_s,
+                late.events_total,
+                late.missed_total,
+            ),
+        )
+        time.sleep(0.05)  # the sockets drop what is unsent when they close
+        log(f"left: {reason}")
+        if daemon.failed:
+            raise DeviceError(daemon.stopped)
+
+
+def _node_servers(options: NodeOptions) -> ServerBank:
+    count, name = parse_gpus(options.emulate)
+    profile = load_gpu(name)
+    offsets_c = np.random.default_rng([options.seed, 17, options.place]).normal(
+        0.0, options.temp_spread_c, count
+    )
+    state = GpuState.create(count, path=options.state_dir / "gpus.state")
+    bank = GpuBank(profile, state, inlet_c=options.inlet_c, offset_c=offsets_c)
+    return ServerBank(bank, num_nodes=1)
+
+
+def _node_tenants(
+    options: NodeOptions, log: Callable[[str], None], stack: contextlib.ExitStack
+) -> TenantHost | ModelledTenants | None:
+    """Real tenants where this node may have them, else modelled ones, saying why."""
+    if not options.tenants:
+        return None
+    try:
+        spec = msgspec.json.decode(options.tenants, type=TenantsSpec)
+    except msgspec.MsgspecError as error:
+        raise SpecError(f"--tenants: {error}") from None
+    plan = tenant_plan(spec, options.place)
+    if plan is None:
+        return None
+    try:
+        name = f"serving-testbed-{os.getpid()}"
+        host = TenantHost(plan, options.state_dir, name=name, swap_mib=spec.swap_mib, log=log)
+    except DeviceError as error:
+        log(f"memory tenants are modelled: {error}")
+        return ModelledTenants(plan, str(error))
+    stack.callback(host.close)
+    return host
+
+
+def _say_hello(daemon: NodeDaemon, spoke: ZmqSpoke, sync: ClockSync, caught: list[int]) -> None:
+    """Greet the coordinator until it answers."""
+    said = -math.inf
+    while daemon.welcome is None and not daemon.stopped and not caught:
+        now = time.monotonic()
+        if now - said >= 1.0:
+            said = now
+            for _ in range(8 if not sync.answers else 1):
+                spoke.send(Ping(time.monotonic_ns()), 0.0)
+            daemon.hello(0.0)
+        spoke.poll(0.05)
+
+
+def _serve_node(
+    options: NodeOptions,
+    daemon: NodeDaemon,
+    shell: NodeSchedule,
+    loop: LiveScheduler,
+    spoke: ZmqSpoke,
+    servers: ServerBank,
+    sync: ClockSync,
+) -> None:
+    """From welcome to stop, in real time."""
+    assert daemon.welcome is not None
+    assert daemon.config is not None
+    gc.collect()
+    gc.freeze()
+    same_clock = daemon.welcome.boot_id == boot_id()
+    loop.restart(daemon.welcome.start_ns - (0 if same_clock else sync.offset_ns))
+    period_s = daemon.config.sample_period_s
+    ticks = max(0, math.ceil(loop.now_s / period_s))
+
+    def tick(now_s: float) -> None:
+        nonlocal ticks
+        servers.tick(now_s)
+        loop.call_at(now_s, SAMPLE, sample)
+        ticks += 1
+        loop.call_at(ticks * period_s, PHYSICS, tick)
+        if daemon.stopped or loop.wall_s() - daemon.heard_s > options.orphan_exit_s:
+            loop.stop()
+
+    def sample(now_s: float) -> None:
+        shell.sample(now_s, max(0.0, loop.wall_s() - now_s))
+
+    loop.call_at(ticks * period_s, PHYSICS, tick)
+    loop.run(until_s=math.inf)

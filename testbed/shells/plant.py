@@ -1,0 +1,44 @@
+"""The emulated plant: GPUs and memory tenants of nodes, as a run file describes them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from daemons.tenants import TenantPlan, load_memory_trace
+from emulators.gpu import GpuBank
+from emulators.profiles import GpuProfile
+from emulators.state import GpuState
+from testbed.core.spec import RunSpec, TenantsSpec
+
+
+def emulated_bank(spec: RunSpec, profile: GpuProfile, state: GpuState, nodes: list[int]) -> GpuBank:
+    """GPUs of the given nodes; a GPU's temperature offset depends on its place alone."""
+    cluster = spec.cluster
+    offsets_c = np.concatenate(
+        [
+            np.random.default_rng([spec.seed, 17, node]).normal(
+                0.0, cluster.temp_spread_c, cluster.gpus_per_node
+            )
+            for node in nodes
+        ]
+    )
+    return GpuBank(profile, state, inlet_c=cluster.inlet_c, offset_c=offsets_c)
+
+
+def tenant_plan(tenants: TenantsSpec, place: int) -> TenantPlan | None:
+    """The memory tenants of the node at ``place``, or None if it has none.
+
+    Raises:
+        TraceError: the memory trace cannot be read.
+    """
+    if not tenants.per_node:
+        return None
+    memory_bytes = int(tenants.memory_mib * 2**20)
+    return TenantPlan(
+        count=tenants.per_node,
+        memory_bytes=memory_bytes,
+        guaranteed_bytes=int(memory_bytes * tenants.guaranteed_frac),
+        trace=load_memory_trace(tenants.trace),
+        speedup=tenants.speedup,
+        first_day=place * tenants.per_node,
+    )

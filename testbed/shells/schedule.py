@@ -1,0 +1,162 @@
+"""Who is called when: the coordinator and the node daemons on any scheduler.
+
+Their steps are told the time; here is what calls them. Nothing in this file knows whether time
+jumps or passes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from daemons.node import NodeDaemon
+from emulators.profiles import GpuProfile
+from testbed.coordinator.loop import Coordinator
+from testbed.core.clock import (
+    CONTROL,
+    DELIVERY,
+    SERVING,
+    LiveScheduler,
+    VirtualScheduler,
+)
+from testbed.core.messages import Envelope
+from testbed.core.spec import RunSpec
+from testbed.recorder.writer import Recorder
+
+Progress = Callable[["Status"], None]
+
+
+@dataclass(slots=True)
+class Status:
+    """Where a run stands, for a progress display."""
+
+    now_s: float
+    duration_s: float
+    wall_s: float
+    arrived: int
+    ended: int
+    in_flight: int
+    nodes: int
+    num_nodes: int
+    power_w: float
+
+
+@dataclass(slots=True)
+class Parts:
+    spec: RunSpec
+    folder: Path
+    records: Recorder
+    controllers: list[Any]
+    router: Any
+    requests: Iterator[Any]
+    profile: GpuProfile
+    progress: Progress
+
+
+class NodeSchedule:
+    """A node daemon with its schedule: who is called when, on any scheduler."""
+
+    def __init__(self, daemon: NodeDaemon, loop: VirtualScheduler | LiveScheduler) -> None:
+        self.daemon = daemon
+        self._loop = loop
+        self._wake_s = math.inf
+
+    def deliver(self, envelope: Envelope, due_s: float) -> None:
+        """A message has arrived that is due at ``due_s``."""
+        self._loop.call_at(due_s, DELIVERY, partial(self._take, envelope))
+
+    def _take(self, envelope: Envelope, now_s: float) -> None:
+        self.daemon.on_message(envelope, now_s)
+        self.rearm()
+
+    def _serve(self, now_s: float) -> None:
+        if now_s != self._wake_s:
+            return  # an earlier wake-up has replaced this one
+        self._wake_s = math.inf
+        self.daemon.serve(now_s)
+        self.rearm()
+
+    def sample(self, now_s: float, late_s: float = 0.0) -> None:
+        """One sample, after the physics of the same instant."""
+        self.daemon.sample(now_s, late_s)
+        self.rearm()
+
+    def rearm(self) -> None:
+        """Be woken when the instances want to be."""
+        next_s = max(self.daemon.next_serving_s, self._loop.now_s)
+        if next_s < self._wake_s:
+            self._wake_s = next_s
+            self._loop.call_at(next_s, SERVING, self._serve, self.daemon.name)
+
+
+class Desk:
+    """The coordinator with its schedule."""
+
+    def __init__(self, parts: Parts, loop: VirtualScheduler | LiveScheduler) -> None:
+        self._parts = parts
+        self._loop = loop
+        self._period_s = parts.spec.control.sample_period_s
+        self._ticks = 0
+        self._started = time.monotonic()
+        self._shown = self._flushed = 0.0
+        self.arrivals_done = False
+        self.coordinator: Coordinator
+
+    def deliver(self, envelope: Envelope, due_s: float) -> None:
+        """A message has arrived that is due at ``due_s``."""
+        take = partial(self.coordinator.on_message, envelope)
+        self._loop.call_at(due_s, DELIVERY, take, envelope.source)
+
+    def begin(self) -> None:
+        """Start arrivals and ticks."""
+        self._next_arrival()
+        self._loop.call_at(0.0, CONTROL, self._tick)
+
+    def _next_arrival(self) -> None:
+        request = next(self._parts.requests, None)
+        if request is None:
+            self.arrivals_done = True
+            return
+        self._loop.call_at(request.arrival_s, DELIVERY, partial(self._arrive, request))
+
+    def _arrive(self, request: Any, now_s: float) -> None:
+        self.coordinator.on_arrival(request, now_s)
+        self._next_arrival()
+
+    def _tick(self, now_s: float) -> None:
+        coordinator, spec = self.coordinator, self._parts.spec
+        coordinator.tick(now_s)
+        coordinator.control(now_s)
+        wall = time.monotonic() - self._started
+        if wall - self._flushed >= 0.5:
+            self._flushed = wall
+            self._parts.records.flush(now_s)
+        if wall - self._shown >= 1.0:
+            self._shown = wall
+            self._parts.progress(self.status(now_s))
+        over = now_s >= spec.duration_s - 1e-9 and not coordinator.in_flight
+        if over or now_s >= spec.duration_s + spec.drain_s - 1e-9:
+            self._loop.stop()
+            return
+        self._ticks += 1
+        self._loop.call_at(self._ticks * self._period_s, CONTROL, self._tick)
+
+    def status(self, now_s: float) -> Status:
+        """For a progress display."""
+        coordinator, gpus = self.coordinator, self.coordinator.view.gpus
+        return Status(
+            now_s=now_s,
+            duration_s=self._parts.spec.duration_s,
+            wall_s=time.monotonic() - self._started,
+            arrived=coordinator.arrived_total,
+            ended=coordinator.ended_total,
+            in_flight=len(coordinator.in_flight),
+            nodes=coordinator.num_live,
+            num_nodes=len(coordinator.layout.nodes),
+            power_w=float(gpus.power_avg_w.sum()),
+        )
