@@ -215,7 +215,10 @@ def test_every_constant_has_a_source(name):
 
 ticks = st.lists(
     st.tuples(
-        st.floats(0, 1), st.floats(0, 0.75), st.floats(0, 0.9), st.sampled_from([0, 250, 450, 700])
+        st.just(0.0) | st.floats(0.01, 1),
+        st.floats(0, 0.75),
+        st.floats(0, 0.9),
+        st.sampled_from([0, 250, 450, 700]),
     ),
     min_size=5,
     max_size=60,

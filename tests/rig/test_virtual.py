@@ -141,7 +141,7 @@ def test_ten_random_minutes_are_consistent(tmp_path, seed, rate_rps, budget_w, g
     )
     gpus = columns(folder, "gpus")
     info = columns(folder, "gpu_info")
-    idle, cap = 0x1, 0x4
+    idle = 0x1
     busy = gpus["gpu_busy_frac"] > 0
     idle_w = {"h100-sxm": 120.0, "a100-80gb": 83.0}[gpu]
     assert busy.any()
@@ -153,10 +153,6 @@ def test_ten_random_minutes_are_consistent(tmp_path, seed, rate_rps, budget_w, g
     np.testing.assert_allclose(gpus["power_instant_w"][~busy], idle_w, atol=0.01)
     idle_mhz = gpus["sm_clock_mhz"][~busy].max()
     assert (gpus["sm_clock_mhz"][busy] > idle_mhz).all()
-    # A cap reason where the GPU draws well under its limit is one that pays back an overshoot or
-    # comes with a clock held down; a draw above the limit is never without the reason.
-    above = gpus["power_instant_w"] > gpus["power_limit_enforced_w"] + 1.0
-    assert (gpus["throttle"][above] & cap > 0).mean() > 0.99 if above.any() else True
     assert (gpus["fb_used_bytes"] < info["memory_total_bytes"].min()).all()
     assert (gpus["power_limit_enforced_w"] <= gpus["power_limit_w"] + 1e-3).all()
     assert (gpus["power_limit_w"] >= info["power_limit_min_w"].min()).all()
