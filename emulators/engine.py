@@ -79,6 +79,18 @@ class Segment(NamedTuple):
     clock_frac: float
 
 
+class Batch(NamedTuple):
+    """The shape of one iteration, for somebody who runs it."""
+
+    num_seqs: int
+    """Decoding sequences."""
+    context_tokens: int
+    """Tokens of KV cache that they read together."""
+    chunks: list[tuple[int, int]]
+    """Prompt chunks: tokens, and tokens of the same prompt computed before."""
+    encode_tiles: int
+
+
 class Cost(Protocol):
     """Time and work of an iteration: `emulators.timing.IterationCost` is the one we ship.
 
@@ -303,6 +315,8 @@ class Engine:
             attended to by cross-attention layers only.
         preprocess_s: CPU time to prepare one image.
         keep_segments: keep every finished block in ``segments`` until drained.
+        measured: iterations are run by somebody else and take as long as they take: each is one
+            block without an end until `complete` gives it one. ``cost`` then counts work only.
 
     Raises:
         ValueError: a limit is out of range.
@@ -319,6 +333,7 @@ class Engine:
         preprocess_s: float = 0.0,
         clock_frac: float = 1.0,
         keep_segments: bool = False,
+        measured: bool = False,
     ) -> None:
         if kv_blocks < 1:
             raise ValueError(f"kv_blocks = {kv_blocks} must be at least 1")
@@ -341,7 +356,8 @@ class Engine:
         self._image_in_prompt = image_in_prompt
         self._preprocess_s = preprocess_s
         self._keep_segments = keep_segments
-        self._collapse = config.collapse
+        self._measured = measured
+        self._collapse = config.collapse and not measured
         self._block_size = config.block_size_tokens
         self._encode_budget = max(1, config.max_batched_tokens // max(1, tokens_per_tile))
 
@@ -499,6 +515,34 @@ class Engine:
                 break
         if t_s > self.now_s:
             self.now_s = t_s
+
+    @property
+    def batch(self) -> Batch | None:
+        """What the iteration in progress computes; None when idle."""
+        block = self._block
+        if block is None:
+            return None
+        return Batch(
+            num_seqs=block.num_seqs,
+            context_tokens=block.context,
+            chunks=[(take, sequence.prefilled) for sequence, take in block.chunks],
+            encode_tiles=sum(count for _, count in block.tiles),
+        )
+
+    def complete(self, t_s: float) -> None:
+        """The iteration in progress has ended at ``t_s`` (``measured`` engines only).
+
+        Raises:
+            ValueError: there is none, or the engine does not wait to be told.
+        """
+        block = self._block
+        if not self._measured or block is None:
+            raise ValueError("no iteration waits to be completed")
+        block.t_end_s = max(t_s, block.t_start_s)
+        block.first_s = block.t_end_s - block.t_start_s
+        block.encode_s = min(block.encode_s, block.first_s)
+        block.seen_s = -1.0
+        self.advance_to(block.t_end_s)
 
     def evict(self, t_s: float) -> list[int]:
         """Give up all requests at ``t_s`` (a reconfiguration or a crash); returns their ids.
@@ -778,7 +822,7 @@ class Engine:
         if iterations == 1:
             block.growth_s = block.flops_growth = block.bytes_growth = 0.0
         block.iterations = iterations
-        block.t_end_s = block.end_after(iterations)
+        block.t_end_s = math.inf if self._measured else block.end_after(iterations)
         self._block = block
 
     def _equal_chunks(self, chunks: list[tuple[_Sequence, int]]) -> int:

@@ -86,6 +86,9 @@ def _print_json(tree: Any) -> None:
 @click.option("--bind", default="tcp://127.0.0.1:0", show_default=True,
               help="Where a live coordinator listens.")  # fmt: skip
 @click.option("--no-spawn", is_flag=True, help="Wait for nodes started by hand (testbed node).")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]),
+              help="What runs the kernels in hardware mode.")  # fmt: skip
+@click.option("--allow-hardware-writes", is_flag=True, help="Let nodes set limits on real GPUs.")
 @click.option("--no-report", is_flag=True, help="Do not write report.html.")
 @_JSON
 def run(
@@ -99,6 +102,8 @@ def run(
     out: Path,
     bind: str,
     no_spawn: bool,
+    device: str | None,
+    allow_hardware_writes: bool,
     no_report: bool,
     as_json: bool,
 ) -> None:
@@ -108,6 +113,8 @@ def run(
         more.append(f'mode="{mode}"')
     if trace is not None:
         more.append(f"workload.trace={json.dumps(trace)}")
+    if device is not None:
+        more.append(f'device="{device}"')
     if seed is not None:
         more.append(f"seed={seed}")
     if policies:
@@ -117,7 +124,14 @@ def run(
         more.append(f"router={{use = {json.dumps(router)}}}")
     checked = load_spec(spec, more)
     progress = _Progress(quiet=as_json and not sys.stderr.isatty())
-    folder = rig.run(checked, out, progress=progress, bind=bind, spawn=not no_spawn)
+    folder = rig.run(
+        checked,
+        out,
+        progress=progress,
+        bind=bind,
+        spawn=not no_spawn,
+        allow_writes=allow_hardware_writes,
+    )
     progress.close()
     if not no_report:
         write_report(folder)
@@ -203,6 +217,8 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 @click.option("--coordinator", required=True, metavar="tcp://HOST:PORT")
 @click.option("--name", required=True, help="Path of this node in the run, as row0/rack0/node000.")
 @click.option("--emulate", default="", metavar="8xH100", help="Emulated GPUs; else the driver's.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--cores", default=1, show_default=True, help="With --device cpu.")
 @click.option("--state-dir", type=click.Path(path_type=Path), default=Path("/var/lib/testbed"),
               show_default=True, help="Journal and GPU state.")  # fmt: skip
 @click.option("--seed", default=1, show_default=True)

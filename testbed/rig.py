@@ -49,6 +49,7 @@ def run(
     progress: Progress = lambda status: None,
     bind: str = "tcp://127.0.0.1:0",
     spawn: bool = True,
+    allow_writes: bool = False,
 ) -> Path:
     """Run a spec to its end and return the run folder.
 
@@ -59,6 +60,7 @@ def run(
         bind: where a live coordinator listens.
         spawn: start the node daemons of an emulated run; otherwise they are started by hand with
             ``testbed node``.
+        allow_writes: let nodes started here set limits on real GPUs.
 
     Raises:
         TestbedError: the spec cannot be run, or a part failed; what was recorded is kept.
@@ -75,7 +77,7 @@ def run(
             if spec.mode == "virtual":
                 run_virtual(parts)
             else:
-                run_live(parts, bind, spawn=spawn)
+                run_live(parts, bind, spawn=spawn, allow_writes=allow_writes)
     finally:
         # A run that failed has a summary of as far as it came, marked invalid.
         write_summary(folder, summarise(folder))
@@ -95,7 +97,8 @@ def _check(spec: RunSpec, profile: GpuProfile) -> None:
         sm_clock_min_mhz=0.0,
         sm_clock_max_mhz=0.0,
     )
-    Layout(spec).safe_limit_w([info])
+    if spec.mode != "hardware":
+        Layout(spec).safe_limit_w([info])
     tick_s = spec.control.sample_period_s
     if spec.mode != "virtual" and tick_s < 0.02:
         raise SpecError(f"run spec: control.sample_period_s = {tick_s} must be >= 0.02 when live")
@@ -120,19 +123,29 @@ def instance_of(pool: Any) -> Any:
 
 
 def _meta(spec: RunSpec, profile: GpuProfile) -> dict[str, Any]:
-    emulated = spec.mode != "hardware"
-    how = "emulated" if emulated else "measured"
+    """Facts for the manifest: what of this run is measured, emulated or assumed."""
+    time_how = "emulated" if spec.mode == "virtual" else "measured"
     clock = "virtual time" if spec.mode == "virtual" else "the machine's monotonic clock"
+    facts = [("time", time_how, clock)]
+    if spec.mode != "hardware":
+        facts += [
+            ("power, clocks, heat", "emulated", f"emulators/profiles/{profile.name}.toml"),
+            ("iteration times", "emulated", "emulators/timing.py"),
+            ("temperature offsets between GPUs", "assumed", "normal, cluster.temp_spread_c"),
+        ]
+    else:
+        facts.append(("iteration times", "measured", f"torch kernels on {spec.device}"))
+        if spec.device == "cpu":
+            watts = "CPU time of a core, at 10 W for a busy one"
+            facts.append(("power and its limit", "assumed", watts))
+        else:
+            facts.append(("power, clocks, heat", "measured", "NVML"))
+    if spec.tenants.per_node:
+        if spec.mode == "virtual":
+            facts.append(("memory tenants", "emulated", "emulators/memory.py"))
+        else:
+            facts.append(("memory tenants", "measured", "control groups, or as the events say"))
     return {
         "late_limit_s": _LATE_LIMIT_S,
-        "provenance": [
-            {"what": "time", "how": "emulated" if spec.mode == "virtual" else "measured",
-             "source": clock},
-            {"what": "power, clocks, heat", "how": how,
-             "source": f"profile {profile.name}" if emulated else "NVML"},
-            {"what": "iteration times", "how": how,
-             "source": "emulators/timing.py" if emulated else "the executor"},
-            {"what": "temperature offsets between GPUs", "how": "assumed",
-             "source": "normal, cluster.temp_spread_c"},
-        ],
-    }  # fmt: skip
+        "provenance": [{"what": what, "how": how, "source": source} for what, how, source in facts],
+    }

@@ -160,6 +160,8 @@ class RunSpec(_Table, frozen=True):
 
     name: str = "run"
     mode: Mode = "virtual"
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What runs the kernels in hardware mode; on ``cpu`` a core with a quota stands for a GPU."""
     seed: Annotated[int, Meta(ge=0, le=2**62)] = 1
     duration_s: Positive = 60.0
     drain_s: NotNegative = 10.0

@@ -30,11 +30,13 @@ from testbed.shells.schedule import Desk, Parts, Progress, Status
 
 JOIN_TIMEOUT_S = 60.0
 """How long a live run waits for its nodes to say hello."""
+_WARM_DELAY_S = 20.0
+"""The same where nodes first load real models and warm their kernels."""
 _START_DELAY_S = 0.5
 """From the last hello to the run's zero: time for every node to get ready."""
 
 
-def run_live(parts: Parts, bind: str, *, spawn: bool) -> None:
+def run_live(parts: Parts, bind: str, *, spawn: bool, allow_writes: bool = False) -> None:
     """This process is the coordinator; nodes are processes of their own."""
     spec = parts.spec
     greetings: dict[str, Envelope] = {}
@@ -55,10 +57,17 @@ def run_live(parts: Parts, bind: str, *, spawn: bool) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(hub.close)
         names = spec.node_names()
-        crew = Crew(spec, parts.folder, hub.endpoint, names if spawn else [])
+        crew = Crew(
+            spec,
+            parts.folder,
+            hub.endpoint,
+            names if spawn else [],
+            allow_writes=allow_writes,
+        )
         stack.callback(crew.close)
         _gather(spec, hub, greetings, crew, parts.progress)
-        start_ns = time.monotonic_ns() + int(_START_DELAY_S * 1e9)
+        delay_s = _WARM_DELAY_S if spec.mode == "hardware" else _START_DELAY_S
+        start_ns = time.monotonic_ns() + int(delay_s * 1e9)
         loop.start_ns = start_ns
         desk = Desk(parts, loop)
         desk.coordinator = Coordinator(
@@ -145,8 +154,17 @@ class Crew:
 
     MAX_RESTARTS = 3
 
-    def __init__(self, spec: RunSpec, folder: Path, endpoint: str, names: list[str]) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        folder: Path,
+        endpoint: str,
+        names: list[str],
+        *,
+        allow_writes: bool,
+    ) -> None:
         self.leaving = False
+        self._allow_writes = allow_writes
         self._spec = spec
         self._folder = folder
         self._endpoint = endpoint
@@ -174,6 +192,10 @@ class Crew:
             command += ["--seed", str(spec.seed), "--place", str(index)]
             command += ["--inlet-c", str(cluster.inlet_c)]
             command += ["--temp-spread-c", str(cluster.temp_spread_c)]
+        else:
+            command += ["--device", spec.device, "--cores", str(spec.cluster.gpus_per_node)]
+            if self._allow_writes:
+                command.append("--allow-hardware-writes")
         if spec.tenants.per_node:
             command += ["--tenants", msgspec.json.encode(spec.tenants).decode()]
         with (place / "node.log").open("ab") as log:

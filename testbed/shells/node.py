@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import os
+import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from daemons.devices.cpu import CpuDevices
 from daemons.devices.host import boot_id
 from daemons.devices.nvml import NvmlGpus
 from daemons.node import NodeDaemon
 from daemons.safety import CapGuard, Journal
+from daemons.seams import GpuDevice, Serving
 from daemons.tenants import TenantHost
 from emulators.gpu import GpuBank
 from emulators.memory import ModelledTenants
@@ -35,6 +38,7 @@ from testbed.core.errors import DeviceError, SpecError
 from testbed.core.messages import Bye, Envelope, Ping, Pong
 from testbed.core.spec import TenantsSpec
 from testbed.core.transport.zmq import ZmqSpoke
+from testbed.shells.executed import ExecutedServing
 from testbed.shells.live import signals_stop
 from testbed.shells.plant import tenant_plan
 from testbed.shells.schedule import NodeSchedule
@@ -49,6 +53,10 @@ class NodeOptions:
     state_dir: Path
     emulate: str = ""
     """``8xh100-sxm``; empty for the driver's GPUs."""
+    device: str = "cuda"
+    """What runs the kernels where GPUs are not emulated: ``cuda`` or ``cpu``."""
+    cores: int = 1
+    """Cores that stand in for GPUs with ``device = "cpu"``."""
     seed: int = 1
     place: int = 0
     """Index of the node in the run; decides its GPUs' temperature offsets."""
@@ -92,7 +100,14 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         else:
             shell.deliver(envelope, due_s)
 
-    loop = LiveScheduler(lambda timeout_s: spoke.poll(timeout_s))
+    def poll(timeout_s: float) -> None:
+        spoke.poll(timeout_s)
+        if plant is not None and plant.collect():
+            daemon.serve(loop.wall_s())
+            shell.rearm()
+
+    plant: _Plant | None = None
+    loop = LiveScheduler(poll)
     spoke = ZmqSpoke(
         options.coordinator,
         options.name,
@@ -103,16 +118,21 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
     )
     with contextlib.ExitStack() as stack:
         stack.callback(spoke.close)
-        servers = _node_servers(options) if options.emulate else None
-        if servers is None:
-            raise DeviceError("hardware mode")
-        gpus = NvmlGpus(EmulatedNvml(servers.bank.state))
-        guard = CapGuard(gpus, Journal(options.state_dir / "journal.json"), log=log)
+        plant = _open_plant(options, loop, spoke)
+        gpus, serving = plant.gpus, plant.serving
+        guard = CapGuard(
+            gpus,
+            Journal(options.state_dir / "journal.json"),
+            allow_writes=plant.allow_writes,
+            log=log,
+        )
+        if not plant.allow_writes:
+            log("dry run: no limit is set on these GPUs without --allow-hardware-writes")
         daemon = NodeDaemon(
             options.name,
             gpus,
             guard,
-            servers.serving[0],
+            serving,
             spoke.send,
             boot_id=boot_id(),
             tenants=_node_tenants(options, log, stack),
@@ -122,7 +142,7 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         with signals_stop(loop.stop) as caught:
             _say_hello(daemon, spoke, sync, caught)
             if daemon.welcome is not None:
-                _serve_node(options, daemon, shell, loop, spoke, servers, sync)
+                _serve_node(options, daemon, shell, loop, plant, sync)
         late = loop.lateness
         reason = daemon.stopped or ("told by a signal" if caught else "no coordinator")
         daemon.close(
@@ -140,6 +160,46 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         log(f"left: {reason}")
         if daemon.failed:
             raise DeviceError(daemon.stopped)
+
+
+@dataclass(slots=True)
+class _Plant:
+    """The devices and instances of this node, and what drives them."""
+
+    gpus: GpuDevice
+    serving: Serving
+    tick: Callable[[float], None]
+    """Emulated physics; nothing where devices are real."""
+    collect: Callable[[], bool]
+    """Take in what real executors have finished; True if anything."""
+    allow_writes: bool
+
+
+def _open_plant(options: NodeOptions, loop: LiveScheduler, spoke: ZmqSpoke) -> _Plant:
+    if options.emulate:
+        servers = _node_servers(options)
+        gpus = NvmlGpus(EmulatedNvml(servers.bank.state))
+        return _Plant(gpus, servers.serving[0], servers.tick, lambda: False, True)
+    if options.device == "cpu":
+        cores = CpuDevices(options.cores, name=f"serving-testbed-cpu-{os.getpid()}")
+        executed = ExecutedServing("cpu", cores.attach, loop.wall_s, spoke.watch)
+        return _Plant(cores, executed, lambda t_s: None, lambda: executed.collect(readable), True)
+    import pynvml
+
+    real = NvmlGpus(pynvml)
+    executed = ExecutedServing("cuda", lambda gpu, pid: None, loop.wall_s, spoke.watch)
+    return _Plant(
+        real,
+        executed,
+        lambda t_s: None,
+        lambda: executed.collect(readable),
+        options.allow_hardware_writes,
+    )
+
+
+def readable(descriptor: int) -> bool:
+    """Whether a read would not block."""
+    return bool(select.select([descriptor], [], [], 0)[0])
 
 
 def _node_servers(options: NodeOptions) -> ServerBank:
@@ -194,8 +254,7 @@ def _serve_node(
     daemon: NodeDaemon,
     shell: NodeSchedule,
     loop: LiveScheduler,
-    spoke: ZmqSpoke,
-    servers: ServerBank,
+    plant: _Plant,
     sync: ClockSync,
 ) -> None:
     """From welcome to stop, in real time."""
@@ -210,7 +269,7 @@ def _serve_node(
 
     def tick(now_s: float) -> None:
         nonlocal ticks
-        servers.tick(now_s)
+        plant.tick(now_s)
         loop.call_at(now_s, SAMPLE, sample)
         ticks += 1
         loop.call_at(ticks * period_s, PHYSICS, tick)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from emulators.state import GpuState
 from testbed.analysis.summary import summarise
+from testbed.emulate import client_environment
 from testbed.recorder.reader import Recording
 from tests.conftest import ROOT, cli
 
@@ -177,6 +179,49 @@ def test_kill_a_node_and_its_requests_go_elsewhere(small_spec, tmp_path):
     t_s, draw_w = rows["t_s"].to_numpy(), rows["draw_w"].to_numpy()
     assert np.isfinite(draw_w[t_s > 1.0]).all()
     assert (limits_w(folder) == 700.0).all()
+
+
+FOREIGN = """
+import pynvml as n
+n.nvmlInit()
+h = n.nvmlDeviceGetHandleByIndex(1)
+n.nvmlDeviceSetPowerManagementLimit(h, 250000)
+print(n.nvmlDeviceGetPowerUsage(h), n.nvmlDeviceGetUUID(h), len(
+    n.nvmlDeviceGetComputeRunningProcesses(h)))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to build the NVML library")
+def test_another_program_sees_the_gpus_of_a_run_and_its_lower_limit_is_respected(
+    small_spec, tmp_path
+):
+    process = start(small_spec, tmp_path, "duration_s=14")
+    folder = None
+    try:
+        folder = wait_for(lambda: run_folder(tmp_path), what="the run folder")
+        wait_for(lambda: (folder / "commands.arrows").exists(), what="a first cap")
+        time.sleep(2.0)
+        state = sorted(folder.glob("nodes/*/gpus.state"))[0]
+        seen = subprocess.run(
+            [sys.executable, "-c", FOREIGN], env=client_environment(state),
+            capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        assert process.wait(timeout=60) == 0, process.stdout.read().decode()
+    finally:
+        process.kill()
+        if folder:
+            end_nodes(folder)
+    recording = Recording.open(folder)
+    gpus, info = recording.table("gpus"), recording.table("gpu_info")
+    mine = gpus["gpu"].to_numpy() == 1
+    assert seen[1] == info["uuid"].to_pylist()[1]
+    assert int(seen[2]) == 1
+    recorded_w = gpus["power_avg_w"].to_numpy()[mine]
+    assert np.abs(recorded_w - int(seen[0]) / 1000).min() < 0.01, "the recording has that reading"
+    assert "drift" in recording.table("events")["kind"].to_pylist()
+    enforced_w = gpus["power_limit_enforced_w"].to_numpy()[mine]
+    assert (enforced_w[-20:] == 250.0).all(), "the lower foreign limit is respected"
+    assert (gpus["power_avg_w"].to_numpy()[mine][-10:] < 256).all()
 
 
 def test_sigterm_ends_a_run_in_order(small_spec, tmp_path):

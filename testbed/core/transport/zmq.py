@@ -81,6 +81,9 @@ class _Sockets:
     def listen(self, socket: zmq.Socket[bytes]) -> None:
         self._poller.register(socket, zmq.POLLIN)
 
+    def watch(self, descriptor: int) -> None:
+        self._poller.register(descriptor, zmq.POLLIN)
+
     def wait(self, timeout_s: float) -> bool:
         if os.getpid() != self._pid:
             raise TransportError("sockets were opened before a fork; open them in the child")
@@ -370,6 +373,10 @@ class ZmqSpoke:
                 due_s = envelope.t_s + self._delay_s
                 self.stats.late_total += self._now_s() > due_s
                 self._deliver(envelope, due_s)
+
+    def watch(self, descriptor: int) -> None:
+        """Have something readable on another file descriptor end the waiting of `poll`."""
+        self._io.watch(descriptor)
 
     def close(self) -> None:
         """Release the sockets without waiting for the peer."""

@@ -1,0 +1,1 @@
+"""Programs that do a serving engine's iterations for real."""

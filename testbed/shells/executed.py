@@ -1,0 +1,205 @@
+"""Serving with real kernels: the engine decides the batch, a worker process runs it.
+
+The scheduler is the emulated engine's, told to wait (`Engine(measured=True)`): each iteration goes
+to a worker (`daemons.executors.torch_worker`) that runs kernels of that shape on the real device,
+and ends when the worker says so. First-token times and gaps are then real time, queueing included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from daemons.executors import torch_worker
+from emulators.engine import Engine, Event
+from emulators.models import ModelCard, load_model
+from emulators.profiles import load_gpu
+from emulators.timing import IterationCost
+from testbed.core.errors import DeviceError, SpecError
+from testbed.core.messages import InstanceConfig, InstanceReadings, Request
+
+_DEFAULT_KV_BLOCKS = 2048
+_START_TIMEOUT_S = 120.0
+
+
+class _Worker:
+    """A worker process and the engine it works for."""
+
+    def __init__(self, engine: Engine, model: ModelCard, device: str) -> None:
+        self.engine = engine
+        self.busy = False
+        arguments = {"shape": shape_of(model), "device": device, "threads": 1}
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(torch_worker.__file__)), json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+
+    def wait_ready(self) -> None:
+        """Until its kernels have run once.
+
+        Raises:
+            DeviceError: it ended instead.
+        """
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line.strip() != b"ready":
+            code = self.process.wait(_START_TIMEOUT_S)
+            raise DeviceError(f"the torch worker ended with exit status {code}; see the log above")
+
+    def push(self) -> None:
+        """Start the engine's iteration if one waits and none runs."""
+        batch = self.engine.batch
+        if batch is None or self.busy:
+            return
+        assert self.process.stdin is not None
+        self.busy = True
+        self.process.stdin.write(json.dumps(batch._asdict()).encode() + b"\n")
+
+
+def shape_of(model: ModelCard) -> dict[str, int]:
+    """What the worker needs to know of a model."""
+    vision = model.vision
+    return {
+        "layers": model.layers,
+        "hidden": model.hidden,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "ffn": model.ffn,
+        "vocab": model.vocab,
+        "vision_layers": vision.layers if vision else 0,
+        "vision_hidden": vision.hidden if vision else 0,
+        "vision_ffn": vision.ffn if vision else 0,
+        "vision_patches": vision.patches_per_tile if vision else 0,
+    }
+
+
+class ExecutedServing:
+    """Instances whose iterations are real; answers `daemons.seams.Serving`.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        attach: puts a worker's process on the GPU with that index of the node.
+        wall_s: the run's clock.
+        watch: has a file descriptor end the shell's waiting.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        attach: Callable[[int, int], None],
+        wall_s: Callable[[], float],
+        watch: Callable[[int], None],
+    ) -> None:
+        self._device = device
+        self._attach = attach
+        self._wall_s = wall_s
+        self._watch = watch
+        self._workers: list[_Worker] = []
+
+    def configure(self, instances: list[InstanceConfig], t_s: float) -> None:
+        """Start a worker per instance and wait until all are warm.
+
+        Raises:
+            DeviceError: a model is unknown, or a worker cannot start.
+        """
+        for instance in instances:
+            try:
+                model = load_model(instance.model)
+            except SpecError as error:
+                raise DeviceError(f"instance {instance.name}: {error}") from None
+            # The cost counts operations only; the profile's own times are not used.
+            cost = IterationCost(model, load_gpu("h100-sxm"), tp=1)
+            engine = Engine(
+                cost,
+                instance.engine,
+                kv_blocks=instance.engine.kv_blocks or _DEFAULT_KV_BLOCKS,
+                tokens_per_tile=model.tokens_per_tile,
+                image_in_prompt=model.image_in_prompt,
+                measured=True,
+            )
+            worker = _Worker(engine, model, self._device)
+            self._workers.append(worker)
+            self._attach(instance.gpus[0], worker.process.pid)
+        for worker in self._workers:
+            worker.wait_ready()
+            assert worker.process.stdout is not None
+            self._watch(worker.process.stdout.fileno())
+
+    def collect(self, ready: Callable[[int], bool]) -> bool:
+        """Take in what workers have finished; True if an iteration ended."""
+        ended = False
+        for worker in self._workers:
+            assert worker.process.stdout is not None
+            if worker.busy and ready(worker.process.stdout.fileno()):
+                line = worker.process.stdout.readline()
+                if not line:
+                    raise DeviceError("a torch worker died")
+                worker.busy = False
+                worker.engine.complete(max(self._wall_s(), worker.engine.now_s))
+                worker.push()
+                ended = True
+        return ended
+
+    def submit(self, instance: int, request: Request, t_s: float) -> None:
+        """Give a request to an instance."""
+        worker = self._workers[instance]
+        worker.engine.submit(request, max(t_s, worker.engine.now_s))
+        worker.push()
+
+    def advance_to(self, t_s: float) -> None:
+        """Let images be prepared that are due."""
+        for worker in self._workers:
+            if worker.engine.next_event_s <= t_s:
+                worker.engine.advance_to(t_s)
+                worker.push()
+
+    @property
+    def next_event_s(self) -> float:
+        """When the next image is prepared; iterations end when they end."""
+        return min((worker.engine.next_event_s for worker in self._workers), default=math.inf)
+
+    def drain_events(self) -> list[Event]:
+        """What happened since the last call."""
+        events: list[Event] = []
+        for worker in self._workers:
+            events += worker.engine.events
+            worker.engine.events.clear()
+        return events
+
+    def drain_gaps(self) -> list[tuple[int, int, int]]:
+        """Inter-token gaps since the last call: (instance, histogram bin, count)."""
+        return [
+            (index, place, count)
+            for index, worker in enumerate(self._workers)
+            for place, count in sorted(worker.engine.itl.drain().items())
+        ]
+
+    def read(self, t_s: float) -> InstanceReadings:
+        """Queue, batch and KV use of each instance."""
+        engines = [worker.engine for worker in self._workers]
+        return InstanceReadings(
+            num_running=[engine.num_running for engine in engines],
+            num_waiting=[engine.num_waiting for engine in engines],
+            kv_used_frac=[engine.kv_used_blocks(t_s) / engine.kv_blocks for engine in engines],
+            prompt_tokens_total=[engine.prompt_tokens_total for engine in engines],
+            output_tokens_total=[engine.output_tokens_total(t_s) for engine in engines],
+            preemptions_total=[engine.preemptions_total for engine in engines],
+        )
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+            for pipe in (worker.process.stdin, worker.process.stdout):
+                if pipe is not None:
+                    pipe.close()

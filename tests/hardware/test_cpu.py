@@ -1,0 +1,106 @@
+"""Hardware mode on a CPU core: real kernels, a real quota, real time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+
+import pytest
+
+from daemons.devices import cgroup
+from daemons.devices.cpu import WATTS_PER_CORE, CpuDevices
+from emulators.engine import Batch, Engine
+from emulators.models import load_model
+from emulators.profiles import load_gpu
+from emulators.timing import IterationCost
+from testbed.core.errors import DeviceError
+from testbed.core.messages import EngineConfig, Request
+from testbed.recorder.reader import Recording
+from tests.conftest import ROOT, cli
+
+may_limit = cgroup.probe().cpu and cgroup.probe().writable
+needs_quota = pytest.mark.skipif(not may_limit, reason="no writable cpu cgroups")
+
+
+def measured_engine() -> Engine:
+    cost = IterationCost(load_model("toy-8m"), load_gpu("h100-sxm"))
+    config = EngineConfig(max_num_seqs=4, max_batched_tokens=64)
+    return Engine(cost, config, kv_blocks=100, measured=True)
+
+
+def test_an_engine_that_waits_to_be_told():
+    engine = measured_engine()
+    engine.submit(Request(1, 0.0, 100, 2), 0.0)
+    assert engine.batch == Batch(0, 0, [(64, 0)], 0)
+    assert engine.next_event_s == float("inf")
+    engine.advance_to(5.0)
+    assert engine.batch == Batch(0, 0, [(64, 0)], 0), "it ends only when it is told"
+    engine.complete(6.0)
+    assert engine.batch == Batch(0, 0, [(36, 64)], 0)
+    engine.complete(7.0)
+    assert [(e.kind, e.t_s) for e in engine.events] == [("first_token", 7.0)]
+    assert engine.batch == Batch(1, 101, [], 0)
+    engine.complete(7.5)
+    assert engine.events[-1].kind == "finished"
+    assert engine.activity(8.0).prefill_s + engine.activity(8.0).decode_s == pytest.approx(7.5)
+    with pytest.raises(ValueError, match="no iteration waits"):
+        engine.complete(9.0)
+
+
+@needs_quota
+def test_a_limit_is_a_quota():
+    device = CpuDevices(1, name=f"testbed-test-cpu-{os.getpid()}")
+    child = os.fork()
+    if child == 0:
+        while True:
+            pass
+    try:
+        device.attach(0, child)
+        device.read()
+        time.sleep(0.5)
+        free = device.read()
+        device.set_power_limit(0, 0.3 * WATTS_PER_CORE)
+        device.read()
+        time.sleep(1.0)
+        held = device.read()
+        with pytest.raises(DeviceError, match="outside"):
+            device.set_power_limit(0, 2 * WATTS_PER_CORE)
+    finally:
+        device.close()
+        os.waitpid(child, 0)
+    assert free.gpu_busy_frac[0] > 0.6
+    assert held.gpu_busy_frac[0] < 0.4
+    assert held.throttle[0] & 0x4
+    assert held.power_limit_enforced_w[0] == 3.0
+
+
+@needs_quota
+@pytest.mark.live
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_a_short_trace_on_real_kernels(tmp_path):
+    done = cli(
+        "run", ROOT / "experiments" / "real_kernels" / "run.toml", "--mode", "hardware",
+        "--device", "cpu", "--set", "duration_s=8", "--out", tmp_path, "--json", "--no-report",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["requests"]["completed"] > 0
+    assert summary["ttft_s"]["p50"] > 0.005
+    assert summary["itl_s"]["p50"] > 0.0005
+    [folder] = [path.parent for path in tmp_path.glob("*/manifest.json")]
+    gpus = Recording.open(folder).table("gpus")
+    assert max(gpus["power_avg_w"].to_pylist()) > 1.0
+
+
+def test_no_gpu_and_no_permission_is_one_clear_line(tmp_path):
+    if importlib.util.find_spec("torch") is not None and os.path.exists("/dev/nvidiactl"):
+        pytest.skip("there is a GPU here")
+    done = cli(
+        "node", "--coordinator", "tcp://127.0.0.1:5999", "--name", "row0/rack0/node000",
+        "--state-dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "NVML" in done.stderr
+    assert "Traceback" not in done.stderr
