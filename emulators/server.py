@@ -246,22 +246,26 @@ class ServerBank:
             return
         self._t_s = t_s
         bank = self.bank
-        busy_s, flops, hbm_bytes = np.zeros((3, bank.count))
+        # Lists while single values are set: an array would pay for each.
+        spent, work, traffic = ([0.0] * bank.count for _ in range(3))
         for serving in self.serving:
             for engine, members in zip(serving.engines, serving.gpu_lists, strict=True):
-                engine.advance_to(t_s)
-                done = engine.activity(t_s)
-                spent_s = done.encode_s + done.prefill_s + done.decode_s
+                if engine.next_event_s <= t_s:
+                    engine.advance_to(t_s)
+                encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
                 for gpu in members:
-                    busy_s[gpu], flops[gpu], hbm_bytes[gpu] = spent_s, done.flops, done.hbm_bytes
+                    spent[gpu] = encode_s + prefill_s + decode_s
+                    work[gpu] = flops
+                    traffic[gpu] = hbm_bytes
+        busy_s, flops_done, bytes_done = np.array(spent), np.array(work), np.array(traffic)
         profile = bank.profile
         bank.advance(
             dt_s,
             np.minimum((busy_s - self._busy_s) / dt_s, 1.0),
-            (flops - self._flops) / (dt_s * profile.peak_flops),
-            (hbm_bytes - self._bytes) / (dt_s * profile.hbm_bytes_per_s),
+            (flops_done - self._flops) / (dt_s * profile.peak_flops),
+            (bytes_done - self._bytes) / (dt_s * profile.hbm_bytes_per_s),
         )
-        self._busy_s, self._flops, self._bytes = busy_s, flops, hbm_bytes
+        self._busy_s, self._flops, self._bytes = busy_s, flops_done, bytes_done
         clocks = bank.clock_frac.tolist()
         for serving in self.serving:
             for engine, members in zip(serving.engines, serving.gpu_lists, strict=True):
