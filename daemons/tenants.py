@@ -285,24 +285,30 @@ class TenantHost:
         self._start(index)
 
     def _look_after(self, index: int, tenant: _Tenant) -> None:
-        """Freeze what thrashes, free what waits, and let go on what has room again."""
+        """Freeze what thrashes or waits, give its limit back, and let it go on: in a thread."""
         if tenant.frozen:
             if index not in self._pending:
-                tenant.group.freeze(False)
                 tenant.frozen = False
                 tenant.thrashed = 0
             return
         stuck = tenant.group.out_of_memory()
         thrashing = tenant.slowdown_frac > _THRASHING_FRAC
         tenant.thrashed = tenant.thrashed + 1 if thrashing else 0
-        if stuck or tenant.thrashed >= _THRASHING_SAMPLES:
+        if (stuck or tenant.thrashed >= _THRASHING_SAMPLES) and index not in self._pending:
             why = "waits for memory at its limit" if stuck else "thrashes"
             self._log(f"tenant{index} {why}: frozen, and its limit given back")
-            with contextlib.suppress(DeviceError):
-                tenant.group.freeze()
             tenant.frozen = True
             self.frozen_total += 1
-            self.set_limit(index, self.plan.memory_bytes)
+            self._wanted.pop(index, None)
+            self._pending[index] = self._pool.submit(self._rescue, tenant.group)
+
+    def _rescue(self, group: cgroup.Group) -> None:
+        with contextlib.suppress(DeviceError):
+            group.freeze()
+        try:
+            group.set_memory_limit(self.plan.memory_bytes + _SLACK_BYTES)
+        finally:
+            group.freeze(False)
 
     def oom_kills_total(self) -> int:
         """Processes that the kernel killed in any tenant's group."""

@@ -52,12 +52,12 @@ def groups_named(name: str) -> list[Path]:
 @pytest.fixture
 def host(tmp_path):
     name = f"testbed-test-{os.getpid()}"
-    before = swap_bytes()[0]
     running = TenantHost(plan(), tmp_path, name=name, swap_mib=256)
+    device = running._device
     yield running
     running.close()
     assert not groups_named(name)
-    assert swap_bytes()[0] == before
+    assert not device or device not in Path("/proc/swaps").read_text()
 
 
 def watch(tenants, seconds, begin_s=0.0):
@@ -73,20 +73,20 @@ def watch(tenants, seconds, begin_s=0.0):
 def test_below_its_working_set_a_tenant_slows_and_recovers(host):
     calm = watch(host, 2.0)
     assert calm.current_bytes[0] > 70 * MIB
-    assert calm.slowdown_frac[0] < 0.3
     host.set_limit(0, 48 * MIB)
     tight = watch(host, 2.5)
     assert tight.limit_bytes[0] == 48 * MIB
     assert tight.current_bytes[0] <= 49 * MIB
     assert tight.swap_bytes[0] > 10 * MIB
     assert tight.major_faults_total[0] > calm.major_faults_total[0] + 500
+    assert tight.slowdown_frac[0] > calm.slowdown_frac[0] + 0.2
     assert tight.slowdown_frac[0] > 0.5
     pressed_s = host._tenants[0].group.read().pressure_some_s
     if cgroup.probe().pressure:
         assert pressed_s > 0
     host.set_limit(0, 96 * MIB)
     eased = watch(host, 4.0)
-    assert eased.slowdown_frac[0] < 0.5
+    assert eased.slowdown_frac[0] < tight.slowdown_frac[0] - 0.2
     assert host.oom_kills_total() == 0
 
 
@@ -134,7 +134,7 @@ def test_the_policy_trims_what_is_not_missed_and_kills_nothing(tmp_path):
 @needs_real
 def test_nothing_is_left_behind_after_kill_9(tmp_path):
     name = f"testbed-test-kill-{os.getpid()}"
-    before = swap_bytes()[0]
+    swaps = set(Path("/proc/swaps").read_text().split())
     code = (
         "import sys, time, numpy as np\nfrom pathlib import Path\n"
         "from daemons.tenants import TenantHost, TenantPlan\n"
@@ -155,10 +155,12 @@ def test_nothing_is_left_behind_after_kill_9(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and (groups_named(name) or swap_bytes()[0] != before):
+    while time.monotonic() < deadline and groups_named(name):
         time.sleep(0.1)
     assert not groups_named(name)
-    assert swap_bytes()[0] == before
+    time.sleep(0.5)
+    made = {word for word in Path("/proc/swaps").read_text().split() if "zram" in word} - swaps
+    assert not made
     for child in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error):
             assert str(tmp_path) not in " ".join(child.info["cmdline"] or [])
