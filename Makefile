@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
 
-.PHONY: help run test check bench fidelity experiment experiments clean
+.PHONY: help run test check bench experiment experiments clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -29,6 +29,18 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m 'not live and not real_memory'
+
+## make bench               how fast the engine is, at several sizes
+bench: $(VENV)/.ready
+	for n in 1 8 100 1000; do $(BIN)/testbed bench engine --instances $$n --requests 20000 --json; done
+
+## make experiment NAME=first_run [MODE=virtual]
+experiment: $(VENV)/.ready
+	$(BIN)/testbed run experiments/$(NAME)/run.toml $(if $(MODE),--mode $(MODE)) $(RUN_ARGS)
+
+## make experiments         all of them, in virtual time where that is possible
+experiments: $(VENV)/.ready
+	for spec in experiments/*/run.toml; do $(BIN)/testbed run $$spec --mode virtual $(RUN_ARGS) || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs

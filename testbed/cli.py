@@ -26,6 +26,7 @@ from testbed.analysis.compare import compare as comparison
 from testbed.analysis.compare import comparison_lines, write_comparison
 from testbed.analysis.export import export as export_recording
 from testbed.analysis.report import write_report
+from testbed.bench import bench_engine
 from testbed.core.errors import DeviceError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
 from testbed.doctor import examine
@@ -351,6 +352,32 @@ def replay(recording: Path, policies: tuple[str, ...], as_json: bool) -> None:
 def export(recording: Path, kind: str, out: Path | None) -> None:
     """Turn a recording into CSV files, a timeline for ui.perfetto.dev, or a metrics page."""
     click.echo(export_recording(recording, kind, out))
+
+
+# Speed.
+
+
+@main.group()
+def bench() -> None:
+    """Measure how fast the testbed itself is."""
+
+
+@bench.command("engine")
+@click.option("--instances", default=8, show_default=True)
+@click.option("--requests", default="10000", show_default=True, metavar="COUNT|FILE",
+              help="How many, or a CSV of arrival_s, prompt_tokens, output_tokens.")  # fmt: skip
+@click.option("--physics/--no-physics", default=True, show_default=True)
+@_JSON
+def bench_engine_command(instances: int, requests: str, physics: bool, as_json: bool) -> None:
+    """Requests per second of wall time that emulated instances serve."""
+    result = bench_engine(instances, requests, physics=physics)
+    if as_json:
+        _print_json(result)
+        return
+    for name, value in result.items():
+        click.echo(
+            f"{name:16s} {value:,.4g}" if isinstance(value, float) else f"{name:16s} {value:,}"
+        )
 
 
 # What there is.

@@ -337,4 +337,5 @@ def decode(data: bytes) -> Envelope:
     try:
         return _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise TransportError(f"bad message of {len(data)} bytes: {error}") from None
+        text = " ".join(str(error).split())
+        raise TransportError(f"bad message of {len(data)} bytes: {text}") from None

@@ -147,7 +147,9 @@ def test_ten_random_minutes_are_consistent(tmp_path, seed, rate_rps, budget_w, g
     assert busy.any()
     assert (~busy).any()
     assert (gpus["fb_used_bytes"][busy] > 0).all()
-    assert (gpus["power_instant_w"][busy] > idle_w).all()
+    assert (gpus["power_instant_w"][busy] >= idle_w - 1e-3).all()
+    # A kernel at the very end of a tick draws less than a milliwatt on average.
+    assert (gpus["power_instant_w"][gpus["gpu_busy_frac"] > 0.02] > idle_w).all()
     assert (gpus["throttle"][busy] & idle == 0).all()
     assert (gpus["throttle"][~busy] & idle == idle).all()
     np.testing.assert_allclose(gpus["power_instant_w"][~busy], idle_w, atol=0.01)

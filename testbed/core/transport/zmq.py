@@ -5,19 +5,30 @@ is the node's name: two-way and bounded. *Telemetry* is a PUB at each node that 
 of the hub, on the port after the control port: it drops under pressure, and the gap in its sequence
 numbers shows.
 
-Traps that this file knows (libzmq 4.3): options act only before bind or connect; a PUB drops
-without a word above its high-water mark, and until its subscription has arrived (so a node's hello
-goes by control, and gaps count from the first telemetry that came); the default LINGER hangs a
-shutdown; contexts do not survive a fork; a ROUTER drops what it cannot route unless told to
-complain, and ignores a restarted peer with an old identity unless told to hand over; CURVE without
-an authenticator lets every client in.
+Traps that this file knows (libzmq 4.3, each tried out):
+
+- options act only before bind or connect, and the default LINGER hangs a shutdown;
+- a PUB says nothing until its subscription has arrived, and a SUB that is bound sends it only while
+  its owner polls: a node's hello therefore goes by control, and gaps count from the first telemetry
+  that came;
+- a PUB drops without a word above its high-water mark, unless told not to (XPUB_NODROP);
+- what was queued for a peer that went away goes to its successor, unless IMMEDIATE says that a
+  queue needs a connection: a new coordinator must not hear what was meant for the last one;
+- a ROUTER drops what it cannot route unless told to complain, and ignores a restarted peer with an
+  old identity unless told to hand over;
+- CURVE without an authenticator lets every client in, also when the authenticator has died, unless
+  ZAP_ENFORCE_DOMAIN is set;
+- a message above MAXMSGSIZE makes the receiver cut the connection, so it is dropped at the sender;
+- contexts do not survive a fork.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -27,21 +38,43 @@ import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
 from testbed.core.errors import TransportError
-from testbed.core.messages import MAX_MESSAGE_BYTES, Body, Envelope, decode, encode
+from testbed.core.messages import (
+    MAX_MESSAGE_BYTES,
+    Body,
+    Envelope,
+    Hello,
+    Ping,
+    Pong,
+    Refused,
+    Welcome,
+    decode,
+    encode,
+)
 from testbed.core.topics import TOPICS, Stream
-from testbed.core.transport.base import Deliver, StreamStats
+from testbed.core.transport.base import COORDINATOR, Deliver, PeerCounter, StreamStats
 
-COORDINATOR = "coordinator"
-_HWM_MESSAGES = 10_000
+_CONTROL_HWM_MESSAGES = 10_000
 """Per peer and direction: many seconds of a busy node, then drops are counted."""
+_TELEMETRY_HWM_MESSAGES = 1_000
+"""Per node: 100 s of reports at 10 Hz; what is older tells nobody anything."""
 _DRAIN_MESSAGES = 1_000
 """Messages taken in per socket and poll, so that no socket starves another or the caller."""
+_CONNECT_MS = 250
+"""How long a node waits for its connection when it is made; later, nothing ever waits."""
+_RECONNECT_MAX_MS = 1_000
+"""Attempts back off to this, so that a lost coordinator is not met by a storm."""
+_ZAP_DOMAIN = "testbed"
+_UNTIMED = (Hello, Welcome, Refused, Ping, Pong)
+"""Said before the two ends agree on a clock; whether these are late means nothing."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Keys of one end. A hub needs ``clients``, the folder with the public keys it lets in; a
-    spoke needs ``server``, the hub's public key file."""
+    """Keys of one end.
+
+    A hub needs ``clients``, the folder with the public keys (``*.key``) that it lets in; a spoke
+    needs ``server``, the hub's public key file. The hub reads its folder once, at start.
+    """
 
     secret: Path
     clients: Path | None = None
@@ -49,93 +82,108 @@ class Curve:
 
 
 def generate_keys(folder: Path, name: str) -> tuple[Path, Path]:
-    """Make ``name.key`` and ``name.key_secret`` (mode 0600) in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    public, secret = zmq.auth.create_certificates(str(folder), name)
-    Path(secret).chmod(0o600)
-    return Path(public), Path(secret)
+    """Make ``name.key`` (public) and ``name.key_secret`` (mode 0600) in a folder.
+
+    A slash in a node's name becomes a dot in the file's.
+
+    Raises:
+        TransportError: a file is there already, or cannot be written.
+    """
+    public_key, secret_key = (key.decode() for key in zmq.curve_keypair())
+    public = folder / f"{name.replace('/', '.')}.key"
+    secret = public.with_name(public.name + "_secret")
+    text = f'metadata\ncurve\n    public-key = "{public_key}"\n'
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The mode is given as the file is made: there is no moment when others can read the key.
+        _write_new(secret, text + f'    secret-key = "{secret_key}"\n', mode=0o600)
+        _write_new(public, text, mode=0o644)
+    except OSError as error:
+        raise TransportError(f"key file {error.filename}: {error.strerror}") from None
+    return public, secret
+
+
+def _write_new(path: Path, text: str, *, mode: int) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        file.write(text)
 
 
 class _Sockets:
-    """What both ends share: a context of this process, safe options, and the poller."""
+    """What both ends share: a context of this process, safe options, sending and waiting."""
 
-    def __init__(self, curve: Curve | None) -> None:
-        self._pid = os.getpid()
-        self._context = zmq.Context()
-        self._poller = zmq.Poller()
-        self._sockets: list[zmq.Socket[bytes]] = []
-        self._keys = _load_keys(curve) if curve else None
+    def __init__(self, curve: Curve | None, host: str) -> None:
+        keys = _load_keys(curve) if curve else None
         self.dropped_total = 0
         self.bad_total = 0
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._pid = os.getpid()
+        self._poller = zmq.Poller()
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._keys = keys
+        self._ipv6 = ":" in host
 
-    def open(self, kind: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
+    def open(self, kind: int, hwm_messages: int) -> zmq.Socket[bytes]:
+        socket = self.context.socket(kind)
+        self._sockets.append(socket)
         socket.linger = 0
-        socket.set_hwm(_HWM_MESSAGES)
+        socket.set_hwm(hwm_messages)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.IPV6, self._ipv6)
         if self._keys:
             socket.curve_publickey, socket.curve_secretkey = self._keys
-        self._sockets.append(socket)
         return socket
 
     def listen(self, socket: zmq.Socket[bytes]) -> None:
         self._poller.register(socket, zmq.POLLIN)
 
+    def send(self, socket: zmq.Socket[bytes], envelope: Envelope, to: bytes | None = None) -> bool:
+        self._check_process()
+        data = encode(envelope)
+        try:
+            if len(data) > MAX_MESSAGE_BYTES:
+                raise zmq.Again  # as good as a full queue: it will not get through
+            if to is None:
+                socket.send(data, zmq.NOBLOCK)
+            else:
+                socket.send_multipart((to, data), zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self.dropped_total += 1
+            return False
+        return True
+
     def watch(self, descriptor: int) -> None:
         self._poller.register(descriptor, zmq.POLLIN)
 
     def wait(self, timeout_s: float) -> bool:
-        if os.getpid() != self._pid:
-            raise TransportError("sockets were opened before a fork; open them in the child")
+        self._check_process()
         return bool(self._poller.poll(max(0, int(timeout_s * 1000))))
+
+    def read(self, data: bytes) -> Envelope | None:
+        try:
+            return decode(data)
+        except (TransportError, ValueError):  # ValueError: text that is not UTF-8
+            self.bad_total += 1
+            return None
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise TransportError(
+                "sockets do not survive a fork: open them in the child, or start it with 'spawn'"
+            )
 
     def close(self) -> None:
         if os.getpid() != self._pid:
             return
         for socket in self._sockets:
             socket.close()
-        self._context.term()
-
-
-def _load_keys(curve: Curve) -> tuple[bytes, bytes]:
-    try:
-        mode = stat.S_IMODE(curve.secret.stat().st_mode)
-        if mode & 0o077:
-            raise TransportError(f"key file {curve.secret}: mode {mode:o}, must be 600")
-        public, secret = zmq.auth.load_certificate(curve.secret)
-    except (OSError, ValueError) as error:
-        raise TransportError(f"key file {curve.secret}: {error}") from None
-    if secret is None:
-        raise TransportError(f"key file {curve.secret}: holds no secret key")
-    return public, secret
-
-
-class _Counter:
-    """Sequence numbers of what comes from one peer, by stream."""
-
-    def __init__(self, stats: StreamStats) -> None:
-        self.stats = stats
-        self._incarnation = -1
-        self._last: dict[Stream, int] = {}
-
-    def count(self, envelope: Envelope, stream: Stream) -> bool:
-        """Whether the message is of the peer's present life; counts what is missing before it."""
-        if envelope.incarnation < self._incarnation:
-            self.stats.stale_total += 1
-            return False
-        if envelope.incarnation > self._incarnation:
-            self._incarnation = envelope.incarnation
-            self._last.clear()
-        last = self._last.get(stream)
-        if last is not None and envelope.sequence > last + 1:
-            self.stats.gaps_total += envelope.sequence - last - 1
-        self._last[stream] = envelope.sequence
-        self.stats.received_total += 1
-        return True
+        self.context.term()
 
 
 class ZmqHub:
     """The coordinator's end; see `testbed.core.transport.base.Hub`.
+
+    Beyond loopback the hub wants CURVE keys and a list of the clients that it lets in. A name then
+    belongs to the key that first used it: another client's reports under that name are bad frames.
 
     Args:
         bind: ``tcp://HOST:PORT``; telemetry uses PORT + 1. Port 0 picks a free pair.
@@ -143,9 +191,12 @@ class ZmqHub:
         delay_s: from sent to due.
         now_s: the run's clock, to count what came after it was due.
         curve: keys; without them only loopback addresses are bound.
+        incarnation: grows with every life of the coordinator; by default the wall clock.
+        hwm_messages: bound of each queue; by default ample.
 
     Raises:
-        TransportError: the address is taken, wrong, or not loopback without keys.
+        TransportError: the address is taken, wrong, or not loopback without keys; or a key file
+            cannot be used.
     """
 
     def __init__(
@@ -156,56 +207,66 @@ class ZmqHub:
         *,
         now_s: Callable[[], float],
         curve: Curve | None = None,
+        incarnation: int | None = None,
+        hwm_messages: int | None = None,
     ) -> None:
         host, port = _split(bind)
-        if not _is_loopback(host) and (curve is None or curve.clients is None):
+        if curve is None and not _is_loopback(host):
             raise TransportError(
                 f"{bind} is not a loopback address: it needs CURVE keys and a folder of the public "
                 "keys that are let in"
             )
+        clients = _load_clients(curve) if curve else {}
         self.stats: dict[str, StreamStats] = {}
-        self._counters: dict[str, _Counter] = {}
+        self.incarnation = time.time_ns() if incarnation is None else incarnation
+        self._counters: dict[str, PeerCounter] = {}
+        self._keys: dict[str, str] = {}
         self._sequence: dict[str, int] = {}
         self._deliver, self._delay_s, self._now_s = deliver, delay_s, now_s
-        self._io = _Sockets(curve)
         self._guard: ThreadAuthenticator | None = None
-        self._control = self._io.open(zmq.ROUTER)
-        self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._control.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._telemetry = self._io.open(zmq.SUB)
-        self._telemetry.setsockopt(zmq.SUBSCRIBE, b"")
+        self._io = _Sockets(curve, host)
         try:
-            if curve is not None and curve.clients is not None:
-                self._guard = ThreadAuthenticator(self._io._context)
+            if curve is not None:
+                self._guard = ThreadAuthenticator(self._io.context)
+                self._guard.certs[_ZAP_DOMAIN] = clients
                 self._guard.start()
-                self._guard.configure_curve(domain="*", location=str(curve.clients))
-                self._control.curve_server = self._telemetry.curve_server = True
+            self._control = self._open(zmq.ROUTER, hwm_messages or _CONTROL_HWM_MESSAGES)
+            self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self._control.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            self._telemetry = self._open(zmq.SUB, hwm_messages or _TELEMETRY_HWM_MESSAGES)
+            self._telemetry.setsockopt(zmq.SUBSCRIBE, b"")
             port = self._bind(host, port)
         except BaseException:
             self.close()
             raise
-        self.endpoint = f"tcp://{host}:{port}"
+        self.endpoint = _join(host, port)
         self._io.listen(self._control)
         self._io.listen(self._telemetry)
 
+    def _open(self, kind: int, hwm_messages: int) -> zmq.Socket[bytes]:
+        socket = self._io.open(kind, hwm_messages)
+        if self._guard is not None:
+            socket.curve_server = True
+            socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.encode())
+            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        return socket
+
     def _bind(self, host: str, port: int) -> int:
         """Bind both sockets to neighbouring ports; returns the first."""
-        for _ in range(50 if port == 0 else 1):
+        for _ in range(1 if port else 50):
             chosen = port
             try:
-                if port == 0:
-                    chosen = self._control.bind_to_random_port(f"tcp://{host}")
-                else:
-                    self._control.bind(f"tcp://{host}:{port}")
-                self._telemetry.bind(f"tcp://{host}:{chosen + 1}")
+                self._control.bind(_join(host, port))
+                chosen = _split(self._control.getsockopt_string(zmq.LAST_ENDPOINT))[1]
+                self._telemetry.bind(_join(host, chosen + 1))
                 return chosen
             except zmq.ZMQError as error:
-                if port != 0:
+                if port or not chosen:  # nothing else to try
+                    ports = f"ports {port} and {port + 1}" if port else "any port"
                     raise TransportError(
-                        f"cannot listen on {host} ports {port} and {port + 1}: {error.strerror}"
+                        f"cannot listen on {host} {ports}: {zmq.strerror(error.errno or 0)}"
                     ) from None
-                if chosen:
-                    self._control.unbind(f"tcp://{host}:{chosen}")
+                self._control.unbind(_join(host, chosen))
         raise TransportError(f"no two neighbouring ports are free on {host}")
 
     @property
@@ -221,51 +282,50 @@ class ZmqHub:
     def send(self, to: str, body: Body, t_s: float) -> bool:
         """Queue a message to a node; False if it is not connected or its queue is full."""
         sequence = self._sequence[to] = self._sequence.get(to, 0) + 1
-        data = encode(Envelope(COORDINATOR, 1, sequence, t_s, body))
-        try:
-            self._control.send_multipart([to.encode(), data], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            self._io.dropped_total += 1
-            return False
-        return True
+        envelope = Envelope(COORDINATOR, self.incarnation, sequence, t_s, body)
+        return self._io.send(self._control, envelope, to.encode())
 
     def poll(self, timeout_s: float) -> None:
         """Deliver what has arrived, waiting up to ``timeout_s`` for the first."""
         if not self._io.wait(timeout_s):
             return
+        self._drain(self._control, "control", num_frames=2)
+        self._drain(self._telemetry, "telemetry", num_frames=1)
+
+    def _drain(self, socket: zmq.Socket[bytes], stream: Stream, *, num_frames: int) -> None:
+        key = ""
         for _ in range(_DRAIN_MESSAGES):
             try:
-                frames = self._control.recv_multipart(zmq.NOBLOCK)
+                if self._guard is None:
+                    frames = socket.recv_multipart(zmq.NOBLOCK)
+                else:
+                    parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                    frames, key = [part.bytes for part in parts], str(parts[-1].get("User-Id"))
             except zmq.Again:
-                break
-            if len(frames) == 2:
-                self._take(frames[1], "control", frames[0])
+                return
+            if len(frames) == num_frames:
+                self._take(frames, key, stream)
             else:
                 self._io.bad_total += 1
-        for _ in range(_DRAIN_MESSAGES):
-            try:
-                self._take(self._telemetry.recv(zmq.NOBLOCK), "telemetry", None)
-            except zmq.Again:
-                break
 
-    def _take(self, data: bytes, stream: Stream, identity: bytes | None) -> None:
-        try:
-            envelope = decode(data)
-        except TransportError:
-            self._io.bad_total += 1
+    def _take(self, frames: Sequence[bytes], key: str, stream: Stream) -> None:
+        envelope = self._io.read(frames[-1])
+        if envelope is None:
             return
         name = envelope.source
-        if identity is not None and name.encode() != identity:
+        if (
+            TOPICS[type(envelope.body)].stream != stream
+            or (stream == "control" and name.encode() != frames[0])
+            or self._keys.setdefault(name, key) != key
+        ):
             self._io.bad_total += 1
             return
         counter = self._counters.get(name)
         if counter is None:
-            stats = self.stats[name] = StreamStats()
-            counter = self._counters[name] = _Counter(stats)
-        if counter.count(envelope, stream):
-            due_s = envelope.t_s + self._delay_s
-            counter.stats.late_total += self._now_s() > due_s
-            self._deliver(envelope, due_s)
+            counter = self._counters[name] = PeerCounter()
+            self.stats[name] = counter.stats
+        if counter.take(envelope, stream):
+            _hand_over(envelope, self._delay_s, self._now_s, counter.stats, self._deliver)
 
     def close(self) -> None:
         """Release the sockets without waiting for the peers."""
@@ -278,6 +338,9 @@ class ZmqHub:
 class ZmqSpoke:
     """A node's end; see `testbed.core.transport.base.Spoke`.
 
+    Making one waits a moment for the connection, so that the first word is not dropped; a hub that
+    is not there yet is tried again and again in the background, and until then `send` says False.
+
     Args:
         connect: the hub's ``tcp://HOST:PORT``.
         name: of the node; the hub knows it by this.
@@ -285,10 +348,11 @@ class ZmqSpoke:
         deliver: gets what arrives.
         delay_s: from sent to due.
         now_s: the run's clock, to count what came after it was due.
-        curve: keys.
+        curve: keys; without them only loopback addresses are connected to.
+        hwm_messages: bound of each queue; by default ample.
 
     Raises:
-        TransportError: the address or the keys are wrong.
+        TransportError: the address, the name or the keys are wrong.
     """
 
     def __init__(
@@ -301,37 +365,48 @@ class ZmqSpoke:
         *,
         now_s: Callable[[], float],
         curve: Curve | None = None,
+        hwm_messages: int | None = None,
     ) -> None:
         host, port = _split(connect)
         if port == 0:
             raise TransportError(f"{connect}: a node needs the coordinator's port")
+        if curve is None and not _is_loopback(host):
+            raise TransportError(
+                f"{connect} is not a loopback address: it needs CURVE keys, here and there"
+            )
+        if not 0 < len(name.encode()) < 256 or name[0] == "\0":
+            raise TransportError(f"node name {name!r}: must have 1 to 255 bytes")
+        server_key = _load_server(curve) if curve else b""
         self.name = name
         self.incarnation = incarnation
-        self.stats = StreamStats()
-        self._counter = _Counter(self.stats)
+        self._counter = PeerCounter()
+        self.stats = self._counter.stats
         self._sequence: dict[Stream, int] = {"control": 0, "telemetry": 0}
         self._deliver, self._delay_s, self._now_s = deliver, delay_s, now_s
-        self._io = _Sockets(curve)
-        control = self._io.open(zmq.DEALER)
-        control.setsockopt(zmq.IDENTITY, name.encode())
-        telemetry = self._io.open(zmq.PUB)
-        if curve is not None:
-            if curve.server is None:
-                raise TransportError("CURVE: a node needs the coordinator's public key")
-            server_key, _ = zmq.auth.load_certificate(curve.server)
-            control.curve_serverkey = telemetry.curve_serverkey = server_key
+        self._io = _Sockets(curve, host)
         try:
-            control.connect(f"tcp://{host}:{port}")
-            telemetry.connect(f"tcp://{host}:{port + 1}")
+            self._control = self._open(zmq.DEALER, hwm_messages or _CONTROL_HWM_MESSAGES)
+            self._control.setsockopt(zmq.IDENTITY, name.encode())
+            telemetry = self._open(zmq.PUB, hwm_messages or _TELEMETRY_HWM_MESSAGES)
+            telemetry.setsockopt(zmq.XPUB_NODROP, 1)
+            if curve is not None:
+                self._control.curve_serverkey = telemetry.curve_serverkey = server_key
+            telemetry.connect(_join(host, port + 1))
+            self._control.connect(_join(host, port))
         except zmq.ZMQError as error:
             self._io.close()
-            raise TransportError(f"cannot connect to {connect}: {error.strerror}") from None
-        self._by_stream: dict[Stream, zmq.Socket[bytes]] = {
-            "control": control,
-            "telemetry": telemetry,
-        }
-        self._control = control
-        self._io.listen(control)
+            raise TransportError(
+                f"cannot connect to {connect}: {zmq.strerror(error.errno or 0)}"
+            ) from None
+        self._by_stream = {"control": self._control, "telemetry": telemetry}
+        self._io.listen(self._control)
+        self._control.poll(_CONNECT_MS, zmq.POLLOUT)
+
+    def _open(self, kind: int, hwm_messages: int) -> zmq.Socket[bytes]:
+        socket = self._io.open(kind, hwm_messages)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+        return socket
 
     @property
     def dropped_total(self) -> int:
@@ -344,16 +419,11 @@ class ZmqSpoke:
         return self._io.bad_total
 
     def send(self, body: Body, t_s: float) -> bool:
-        """Queue a message to the hub; False if its queue is full."""
+        """Queue a message to the hub; False if it is not connected or its queue is full."""
         stream = TOPICS[type(body)].stream
-        self._sequence[stream] += 1
-        data = encode(Envelope(self.name, self.incarnation, self._sequence[stream], t_s, body))
-        try:
-            self._by_stream[stream].send(data, zmq.NOBLOCK)
-        except zmq.ZMQError:
-            self._io.dropped_total += 1
-            return False
-        return True
+        sequence = self._sequence[stream] = self._sequence[stream] + 1
+        envelope = Envelope(self.name, self.incarnation, sequence, t_s, body)
+        return self._io.send(self._by_stream[stream], envelope)
 
     def poll(self, timeout_s: float) -> None:
         """Deliver what has arrived, waiting up to ``timeout_s`` for the first."""
@@ -361,18 +431,22 @@ class ZmqSpoke:
             return
         for _ in range(_DRAIN_MESSAGES):
             try:
-                data = self._control.recv(zmq.NOBLOCK)
+                frames = self._control.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            try:
-                envelope = decode(data)
-            except TransportError:
+            if len(frames) == 1:
+                self._take(frames[0])
+            else:
                 self._io.bad_total += 1
-                continue
-            if self._counter.count(envelope, "control"):
-                due_s = envelope.t_s + self._delay_s
-                self.stats.late_total += self._now_s() > due_s
-                self._deliver(envelope, due_s)
+
+    def _take(self, data: bytes) -> None:
+        envelope = self._io.read(data)
+        if envelope is None:
+            return
+        if envelope.source != COORDINATOR:
+            self._io.bad_total += 1
+        elif self._counter.take(envelope, "control"):
+            _hand_over(envelope, self._delay_s, self._now_s, self.stats, self._deliver)
 
     def watch(self, descriptor: int) -> None:
         """Have something readable on another file descriptor end the waiting of `poll`."""
@@ -383,6 +457,60 @@ class ZmqSpoke:
         self._io.close()
 
 
+def _hand_over(
+    envelope: Envelope,
+    delay_s: float,
+    now_s: Callable[[], float],
+    stats: StreamStats,
+    deliver: Deliver,
+) -> None:
+    due_s = envelope.t_s + delay_s
+    if now_s() > due_s and not isinstance(envelope.body, _UNTIMED):
+        stats.late_total += 1
+    deliver(envelope, due_s)
+
+
+def _load_keys(curve: Curve) -> tuple[bytes, bytes]:
+    """This end's public and secret key."""
+    path = curve.secret
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise TransportError(f"key file {path}: {error.strerror}") from None
+    if mode & 0o077:
+        raise TransportError(f"key file {path}: its mode is {mode:o}, must be 600")
+    public, secret = _load_key(path)
+    if secret is None:
+        raise TransportError(f"key file {path}: holds no secret key")
+    return public, secret
+
+
+def _load_server(curve: Curve) -> bytes:
+    if curve.server is None:
+        raise TransportError("CURVE: a node needs the coordinator's public key file")
+    return _load_key(curve.server)[0]
+
+
+def _load_clients(curve: Curve) -> dict[bytes, bool]:
+    """The allow-list: never empty, and never a wildcard."""
+    if curve.clients is None or not curve.clients.is_dir():
+        raise TransportError(f"CURVE: no folder of the public keys to let in: {curve.clients}")
+    clients = {_load_key(path)[0]: True for path in sorted(curve.clients.glob("*.key"))}
+    if not clients:
+        raise TransportError(f"CURVE: no public key (*.key) in {curve.clients}: nobody could join")
+    return clients
+
+
+def _load_key(path: Path) -> tuple[bytes, bytes | None]:
+    try:
+        public, secret = zmq.auth.load_certificate(path)
+        if any(len(key) != 40 for key in (public, secret) if key is not None):
+            raise ValueError("a key has 40 characters")
+    except (OSError, ValueError) as error:
+        raise TransportError(f"key file {path}: {error}") from None
+    return public, secret
+
+
 def _split(address: str) -> tuple[str, int]:
     try:
         parts = urlsplit(address)
@@ -391,8 +519,15 @@ def _split(address: str) -> tuple[str, int]:
         raise TransportError(f"address {address!r}: {error}") from None
     if parts.scheme != "tcp" or not host or port is None or not 0 <= port < 65535:
         raise TransportError(f"address {address!r}: expected tcp://HOST:PORT, port 0 to 65534")
-    return host, port
+    return "0.0.0.0" if host == "*" else host, port
+
+
+def _join(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.") or host == "::1"
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name, which may lead anywhere

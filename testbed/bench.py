@@ -1,0 +1,170 @@
+"""How fast the engine is: requests against wall time, with nothing recorded.
+
+Instances get requests in turn by direct calls; with physics on, GPUs advance as arrays at every
+tick and set the engines' clocks. The trace is a file of arrival_s, prompt_tokens, output_tokens, or
+that many requests of the measured conversation lengths with Poisson arrivals.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from emulators.gpu import GpuBank
+from emulators.profiles import load_gpu
+from emulators.server import ServerBank
+from emulators.state import GpuState
+from testbed.core.errors import SpecError
+from testbed.core.messages import EngineConfig, InstanceConfig, Request
+from testbed.core.spec import ClassSpec, WorkloadSpec
+from testbed.workloads import open_workload
+
+PER_INSTANCE_RPS = 3.0
+"""Arrival rate per instance: 24 requests/s on 8 instances, as peers were measured."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over finished requests; nothing per request is kept once it has ended."""
+
+    arrivals: dict[int, tuple[float, int]] = field(default_factory=dict)
+    firsts: dict[int, float] = field(default_factory=dict)
+    ended: int = 0
+    tokens: int = 0
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    tpot_count: int = 0
+
+
+def bench_engine(
+    instances: int,
+    requests: str,
+    *,
+    physics: bool = True,
+    tick_s: float = 1.0,
+    gpu: str = "h100-sxm",
+    model: str = "llama-3.1-8b",
+) -> dict[str, float | int]:
+    """Serve a workload on instances of one GPU each, as fast as it goes.
+
+    Args:
+        instances: how many.
+        requests: a number of requests, or a CSV file of arrival_s, prompt_tokens, output_tokens.
+        physics: advance power, heat and clocks every ``tick_s``.
+        tick_s: length of a tick of run time.
+        gpu: profile of the GPUs.
+        model: what they serve.
+
+    Raises:
+        SpecError: the numbers make no sense.
+        TraceError: the file cannot be read.
+    """
+    if instances < 1:
+        raise SpecError(f"bench: instances = {instances} must be at least 1")
+    bank = GpuBank(load_gpu(gpu), GpuState.create(instances))
+    servers = ServerBank(bank, num_nodes=1)
+    serving = servers.serving[0]
+    config = EngineConfig()
+    serving.configure(
+        [
+            InstanceConfig(name=str(k), pool="bench", model=model, tp=1, gpus=[k], engine=config)
+            for k in range(instances)
+        ],
+        0.0,
+    )
+    stream = _requests(requests, instances)
+    tally = _Tally()
+    begun = time.perf_counter()
+    end_s = _drive(servers, stream, tally, tick_s if physics else 0.0)
+    wall_s = time.perf_counter() - begun
+    return {
+        "instances": instances,
+        "requests": tally.ended,
+        "wall_s": wall_s,
+        "requests_per_s": tally.ended / wall_s,
+        "tokens_per_s": tally.tokens / wall_s,
+        "sim_over_wall": end_s / wall_s,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "ttft_mean_s": tally.ttft_s / max(1, tally.ended),
+        "tpot_mean_s": tally.tpot_s / max(1, tally.tpot_count),
+    }
+
+
+def _requests(requests: str, instances: int) -> Iterator[Request]:
+    classes = [ClassSpec()]
+    if not requests.isdigit():
+        if not Path(requests).is_file():
+            raise SpecError(f"bench: requests = {requests!r} is neither a number nor a file")
+        spec = WorkloadSpec(source="csv", trace=requests)
+        seen = _last_arrival_s(Path(requests))
+        return open_workload(spec, classes, 1, seen + 1e-6)
+    rate_rps = PER_INSTANCE_RPS * instances
+    spec = WorkloadSpec(source="poisson", rate_rps=rate_rps, max_prompt_tokens=4096)
+    return _first(open_workload(spec, classes, 1, 1e9), int(requests))
+
+
+def _last_arrival_s(path: Path) -> float:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    place = lines[0].split(",").index("arrival_s") if lines else 0
+    return max((float(line.split(",")[place]) for line in lines[1:] if line), default=0.0)
+
+
+def _first(stream: Iterator[Request], count: int) -> Iterator[Request]:
+    for _ in range(count):
+        yield next(stream)
+
+
+def _drive(servers: ServerBank, stream: Iterator[Request], tally: _Tally, tick_s: float) -> float:
+    """Play the stream to its end; returns the run time at which the last request ended."""
+    serving = servers.serving[0]
+    engines, instances = serving.engines, len(serving.engines)
+    next_tick_s = tick_s or np.inf
+    now_s = 0.0
+    for turn, request in enumerate(stream):
+        now_s = request.arrival_s
+        while next_tick_s <= now_s:
+            servers.tick(next_tick_s)
+            _collect(servers, tally)
+            next_tick_s += tick_s
+        tally.arrivals[request.id] = (now_s, request.output_tokens)
+        engine = engines[turn % instances]
+        engine.submit(request, max(now_s, engine.now_s))
+        if not tick_s and turn % 1000 == 999:
+            _collect(servers, tally)
+    while tally.arrivals:
+        now_s = max(now_s + 1.0, next_tick_s if tick_s else 0.0)
+        if tick_s:
+            servers.tick(next_tick_s)
+            now_s = next_tick_s
+            next_tick_s += tick_s
+        else:
+            for engine in engines:
+                engine.advance_to(now_s)
+        _collect(servers, tally)
+    return now_s
+
+
+def _collect(servers: ServerBank, tally: _Tally) -> None:
+    """Count what ended."""
+    for engine in servers.serving[0].engines:
+        if not engine.events:
+            continue
+        for request_id, kind, t_s, _ in engine.events:
+            if kind == "first_token":
+                tally.firsts[request_id] = t_s
+                continue
+            arrival_s, output_tokens = tally.arrivals.pop(request_id)
+            tally.ended += 1
+            first_s = tally.firsts.pop(request_id, None)
+            if first_s is not None:
+                tally.tokens += output_tokens
+                tally.ttft_s += first_s - arrival_s
+                if output_tokens > 1:
+                    tally.tpot_s += (t_s - first_s) / (output_tokens - 1)
+                    tally.tpot_count += 1
+        engine.events.clear()
