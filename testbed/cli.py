@@ -29,6 +29,7 @@ from testbed.analysis.report import write_report
 from testbed.bench import bench_engine
 from testbed.core.errors import DeviceError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
+from testbed.core.transport.zmq import generate_keys
 from testbed.doctor import examine
 from testbed.policies.load import load_controller, shipped_policies
 from testbed.recorder.replay import replay as replay_policies
@@ -90,6 +91,10 @@ def _print_json(tree: Any) -> None:
 @click.option("--device", type=click.Choice(["cuda", "cpu"]),
               help="What runs the kernels in hardware mode.")  # fmt: skip
 @click.option("--allow-hardware-writes", is_flag=True, help="Let nodes set limits on real GPUs.")
+@click.option("--curve-secret", type=click.Path(path_type=Path),
+              help="The coordinator's secret key file (testbed keys).")  # fmt: skip
+@click.option("--curve-clients", type=click.Path(path_type=Path),
+              help="Folder of the nodes' public keys: nobody else is let in.")  # fmt: skip
 @click.option("--no-report", is_flag=True, help="Do not write report.html.")
 @_JSON
 def run(
@@ -105,6 +110,8 @@ def run(
     no_spawn: bool,
     device: str | None,
     allow_hardware_writes: bool,
+    curve_secret: Path | None,
+    curve_clients: Path | None,
     no_report: bool,
     as_json: bool,
 ) -> None:
@@ -132,6 +139,7 @@ def run(
         bind=bind,
         spawn=not no_spawn,
         allow_writes=allow_hardware_writes,
+        curve=rig.curve_of(curve_secret, clients=curve_clients),
     )
     progress.close()
     if not no_report:
@@ -228,6 +236,10 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 @click.option("--temp-spread-c", default=2.0, show_default=True)
 @click.option("--delay-s", default=0.005, show_default=True, help="Agreed delay of the wire.")
 @click.option("--tenants", default="", metavar="JSON", help="The run file's tenants table.")
+@click.option("--curve-secret", type=click.Path(path_type=Path),
+              help="This node's secret key file (testbed keys).")  # fmt: skip
+@click.option("--curve-server", type=click.Path(path_type=Path),
+              help="The coordinator's public key file.")  # fmt: skip
 @click.option("--orphan-exit-s", default=float("inf"), show_default=True,
               help="Leave when the coordinator is silent for this long.")  # fmt: skip
 @click.option("--allow-hardware-writes", is_flag=True, help="Really set limits on real GPUs.")
@@ -237,6 +249,15 @@ def node(**options: Any) -> None:
         rig.NodeOptions(**options),
         log=lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True),
     )
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("name")
+def keys(folder: Path, name: str) -> None:
+    """Make a pair of CURVE keys, NAME.key (public) and NAME.key_secret, in FOLDER."""
+    for path in generate_keys(folder, name):
+        click.echo(path)
 
 
 @main.command()

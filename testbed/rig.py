@@ -26,16 +26,17 @@ from testbed.coordinator.cluster import Layout
 from testbed.core.errors import SpecError
 from testbed.core.messages import GpuInfo, InstanceConfig
 from testbed.core.spec import RunSpec
+from testbed.core.transport.zmq import Curve
 from testbed.policies.load import load_controller, load_router
 from testbed.recorder.writer import Recorder, new_run_folder, write_summary
 from testbed.shells.live import run_live
-from testbed.shells.node import NodeOptions, node, parse_gpus
+from testbed.shells.node import NodeOptions, curve_of, node, parse_gpus
 from testbed.shells.plant import emulated_bank
 from testbed.shells.schedule import Parts, Progress, Status
 from testbed.shells.virtual import run_virtual
 from testbed.workloads import open_workload
 
-__all__ = ["NodeOptions", "Progress", "Status", "node", "parse_gpus", "run"]
+__all__ = ["NodeOptions", "Progress", "Status", "curve_of", "node", "parse_gpus", "run"]
 
 
 _LATE_LIMIT_S = 0.05
@@ -50,6 +51,7 @@ def run(
     bind: str = "tcp://127.0.0.1:0",
     spawn: bool = True,
     allow_writes: bool = False,
+    curve: Curve | None = None,
 ) -> Path:
     """Run a spec to its end and return the run folder.
 
@@ -61,10 +63,14 @@ def run(
         spawn: start the node daemons of an emulated run; otherwise they are started by hand with
             ``testbed node``.
         allow_writes: let nodes started here set limits on real GPUs.
+        curve: keys, needed where ``bind`` is not a loopback address. Nodes are then started by
+            hand, each with a key of its own.
 
     Raises:
         TestbedError: the spec cannot be run, or a part failed; what was recorded is kept.
     """
+    if curve is not None and spawn:
+        raise SpecError("with CURVE keys nodes are started by hand: give --no-spawn as well")
     profile = load_gpu(spec.cluster.gpu)
     _check(spec, profile)
     controllers = [load_controller(policy) for policy in spec.policy]
@@ -77,7 +83,7 @@ def run(
             if spec.mode == "virtual":
                 run_virtual(parts)
             else:
-                run_live(parts, bind, spawn=spawn, allow_writes=allow_writes)
+                run_live(parts, bind, spawn=spawn, allow_writes=allow_writes, curve=curve)
     finally:
         # A run that failed has a summary of as far as it came, marked invalid.
         write_summary(folder, summarise(folder))

@@ -24,7 +24,7 @@ from testbed.core.clock import (
 from testbed.core.errors import TransportError
 from testbed.core.messages import Envelope, Hello, Ping, Pong
 from testbed.core.spec import RunSpec
-from testbed.core.transport.zmq import ZmqHub
+from testbed.core.transport.zmq import Curve, ZmqHub
 from testbed.recorder.writer import Recorder
 from testbed.shells.schedule import Desk, Parts, Progress, Status
 
@@ -36,7 +36,14 @@ _START_DELAY_S = 0.5
 """From the last hello to the run's zero: time for every node to get ready."""
 
 
-def run_live(parts: Parts, bind: str, *, spawn: bool, allow_writes: bool = False) -> None:
+def run_live(
+    parts: Parts,
+    bind: str,
+    *,
+    spawn: bool,
+    allow_writes: bool = False,
+    curve: Curve | None = None,
+) -> None:
     """This process is the coordinator; nodes are processes of their own."""
     spec = parts.spec
     greetings: dict[str, Envelope] = {}
@@ -53,7 +60,7 @@ def run_live(parts: Parts, bind: str, *, spawn: bool, allow_writes: bool = False
             greetings[envelope.source] = envelope
 
     loop = LiveScheduler(lambda timeout_s: hub.poll(timeout_s))
-    hub = ZmqHub(bind, deliver, spec.transport.delay_s, now_s=loop.wall_s)
+    hub = ZmqHub(bind, deliver, spec.transport.delay_s, now_s=loop.wall_s, curve=curve)
     with contextlib.ExitStack() as stack:
         stack.callback(hub.close)
         names = spec.node_names()

@@ -37,7 +37,7 @@ from testbed.core.clock import (
 from testbed.core.errors import DeviceError, SpecError
 from testbed.core.messages import Bye, Envelope, Ping, Pong
 from testbed.core.spec import TenantsSpec
-from testbed.core.transport.zmq import ZmqSpoke
+from testbed.core.transport.zmq import Curve, ZmqSpoke
 from testbed.shells.executed import ExecutedServing
 from testbed.shells.live import signals_stop
 from testbed.shells.plant import tenant_plan
@@ -66,6 +66,9 @@ class NodeOptions:
     tenants: str = ""
     """The run file's ``tenants`` table as JSON; empty for none."""
     allow_hardware_writes: bool = False
+    curve_secret: Path | None = None
+    """This node's secret key file, and the coordinator's public one beside it."""
+    curve_server: Path | None = None
     orphan_exit_s: float = math.inf
     """Leave when the coordinator has been silent for this long; by default stay, at safe caps."""
 
@@ -115,6 +118,7 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         deliver,
         options.delay_s,
         now_s=loop.wall_s,
+        curve=curve_of(options.curve_secret, server=options.curve_server),
     )
     with contextlib.ExitStack() as stack:
         stack.callback(spoke.close)
@@ -160,6 +164,22 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         log(f"left: {reason}")
         if daemon.failed:
             raise DeviceError(daemon.stopped)
+
+
+def curve_of(
+    secret: Path | None, *, clients: Path | None = None, server: Path | None = None
+) -> Curve | None:
+    """Keys of this end, or None if none were given.
+
+    Raises:
+        SpecError: half of what is needed was given.
+    """
+    other = clients or server
+    if secret is None and other is None:
+        return None
+    if secret is None or other is None:
+        raise SpecError("CURVE needs both a secret key file and whom to trust")
+    return Curve(secret, clients=clients, server=server)
 
 
 @dataclass(slots=True)

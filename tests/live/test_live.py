@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -256,3 +257,43 @@ def test_port_in_use(small_spec, tmp_path):
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1 ports {port}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_nodes_with_keys_join_and_others_do_not(small_spec, tmp_path):
+    keys = tmp_path / "keys"
+    for folder, name in ((keys, "coordinator"), (keys / "nodes", "node"), (keys / "x", "stranger")):
+        assert cli("keys", folder, name).returncode == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    endpoint = f"tcp://127.0.0.1:{port}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "testbed.cli", "run", small_spec, "--mode", "emulated", "--bind",
+         endpoint, "--no-spawn", "--curve-secret", keys / "coordinator.key_secret",
+         "--curve-clients", keys / "nodes", "--set", "duration_s=4", "--set", "cluster.rows=1",
+         "--out", tmp_path / "runs", "--no-report", "--json"],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+    def node(secret, place):
+        return subprocess.Popen(
+            [sys.executable, "-m", "testbed.cli", "node", "--coordinator", endpoint, "--name",
+             "row0/rack0/node000", "--emulate", "4xh100", "--state-dir", tmp_path / place,
+             "--curve-secret", secret, "--curve-server", keys / "coordinator.key"],
+            cwd=ROOT, env=environment, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    stranger = node(keys / "x" / "stranger.key_secret", "a")
+    time.sleep(4.0)
+    assert run.poll() is None, run.communicate()
+    friend = node(keys / "nodes" / "node.key_secret", "b")
+    try:
+        out, err = run.communicate(timeout=60)
+        assert run.returncode == 0, err
+        assert json.loads(out)["requests"]["completed"] > 0
+        assert stranger.poll() is None, "never answered, it still asks"
+    finally:
+        for process in (run, stranger, friend):
+            process.terminate()
+            process.wait()
