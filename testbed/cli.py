@@ -90,6 +90,8 @@ def _print_json(tree: Any) -> None:
 @click.option("--no-spawn", is_flag=True, help="Wait for nodes started by hand (testbed node).")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]),
               help="What runs the kernels in hardware mode.")  # fmt: skip
+@click.option("--forward", metavar="URL",
+              help="In hardware mode, serve by this OpenAI-compatible server.")  # fmt: skip
 @click.option("--allow-hardware-writes", is_flag=True, help="Let nodes set limits on real GPUs.")
 @click.option("--curve-secret", type=click.Path(path_type=Path),
               help="The coordinator's secret key file (testbed keys).")  # fmt: skip
@@ -109,6 +111,7 @@ def run(
     bind: str,
     no_spawn: bool,
     device: str | None,
+    forward: str | None,
     allow_hardware_writes: bool,
     curve_secret: Path | None,
     curve_clients: Path | None,
@@ -123,6 +126,8 @@ def run(
         more.append(f"workload.trace={json.dumps(trace)}")
     if device is not None:
         more.append(f'device="{device}"')
+    if forward is not None:
+        more.append(f"forward={json.dumps(forward)}")
     if seed is not None:
         more.append(f"seed={seed}")
     if policies:
@@ -227,6 +232,9 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 @click.option("--name", required=True, help="Path of this node in the run, as row0/rack0/node000.")
 @click.option("--emulate", default="", metavar="8xH100", help="Emulated GPUs; else the driver's.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option(
+    "--forward", default="", metavar="URL", help="Serve by this OpenAI-compatible server."
+)
 @click.option("--cores", default=1, show_default=True, help="With --device cpu.")
 @click.option("--state-dir", type=click.Path(path_type=Path), default=Path("/var/lib/testbed"),
               show_default=True, help="Journal and GPU state.")  # fmt: skip

@@ -140,7 +140,8 @@ def _meta(spec: RunSpec, profile: GpuProfile) -> dict[str, Any]:
             ("temperature offsets between GPUs", "assumed", "normal, cluster.temp_spread_c"),
         ]
     else:
-        facts.append(("iteration times", "measured", f"torch kernels on {spec.device}"))
+        engine = f"the server at {spec.forward}" if spec.forward else f"torch on {spec.device}"
+        facts.append(("iteration times", "measured", engine))
         if spec.device == "cpu":
             watts = "CPU time of a core, at 10 W for a busy one"
             facts.append(("power and its limit", "assumed", watts))

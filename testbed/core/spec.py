@@ -162,6 +162,8 @@ class RunSpec(_Table, frozen=True):
     mode: Mode = "virtual"
     device: Literal["cuda", "cpu"] = "cuda"
     """What runs the kernels in hardware mode; on ``cpu`` a core with a quota stands for a GPU."""
+    forward: str = ""
+    """URL of an OpenAI-compatible server that serves in hardware mode, instead of our kernels."""
     seed: Annotated[int, Meta(ge=0, le=2**62)] = 1
     duration_s: Positive = 60.0
     drain_s: NotNegative = 10.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ _START_TIMEOUT_S = 120.0
 class _Worker:
     """A worker process and the engine it works for."""
 
-    def __init__(self, engine: Engine, model: ModelCard, device: str) -> None:
+    def __init__(self, engine: Engine, model: ModelCard, device: str, uuid: str) -> None:
         self.engine = engine
         self.busy = False
         arguments = {"shape": shape_of(model), "device": device, "threads": 1}
@@ -38,6 +39,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": uuid} if uuid else None,
             start_new_session=True,
         )
 
@@ -89,6 +91,7 @@ class ExecutedServing:
         attach: puts a worker's process on the GPU with that index of the node.
         wall_s: the run's clock.
         watch: has a file descriptor end the shell's waiting.
+        uuids: of the node's CUDA devices, so that each worker sees its own only.
     """
 
     def __init__(
@@ -97,7 +100,10 @@ class ExecutedServing:
         attach: Callable[[int, int], None],
         wall_s: Callable[[], float],
         watch: Callable[[int], None],
+        *,
+        uuids: list[str] | None = None,
     ) -> None:
+        self._uuids = uuids or []
         self._device = device
         self._attach = attach
         self._wall_s = wall_s
@@ -125,7 +131,8 @@ class ExecutedServing:
                 image_in_prompt=model.image_in_prompt,
                 measured=True,
             )
-            worker = _Worker(engine, model, self._device)
+            uuid = self._uuids[instance.gpus[0]] if self._uuids else ""
+            worker = _Worker(engine, model, self._device, uuid)
             self._workers.append(worker)
             self._attach(instance.gpus[0], worker.process.pid)
         for worker in self._workers:

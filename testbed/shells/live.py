@@ -201,6 +201,8 @@ class Crew:
             command += ["--temp-spread-c", str(cluster.temp_spread_c)]
         else:
             command += ["--device", spec.device, "--cores", str(spec.cluster.gpus_per_node)]
+            if spec.forward:
+                command += ["--forward", spec.forward]
             if self._allow_writes:
                 command.append("--allow-hardware-writes")
         if spec.tenants.per_node:

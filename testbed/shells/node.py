@@ -39,6 +39,7 @@ from testbed.core.messages import Bye, Envelope, Ping, Pong
 from testbed.core.spec import TenantsSpec
 from testbed.core.transport.zmq import Curve, ZmqSpoke
 from testbed.shells.executed import ExecutedServing
+from testbed.shells.forwarded import ForwardedServing
 from testbed.shells.live import signals_stop
 from testbed.shells.plant import tenant_plan
 from testbed.shells.schedule import NodeSchedule
@@ -55,6 +56,8 @@ class NodeOptions:
     """``8xh100-sxm``; empty for the driver's GPUs."""
     device: str = "cuda"
     """What runs the kernels where GPUs are not emulated: ``cuda`` or ``cpu``."""
+    forward: str = ""
+    """URL of an OpenAI-compatible server that serves in place of kernels of ours."""
     cores: int = 1
     """Cores that stand in for GPUs with ``device = "cpu"``."""
     seed: int = 1
@@ -198,23 +201,39 @@ class _Plant:
 def _open_plant(options: NodeOptions, loop: LiveScheduler, spoke: ZmqSpoke) -> _Plant:
     if options.emulate:
         servers = _node_servers(options)
-        gpus = NvmlGpus(EmulatedNvml(servers.bank.state))
-        return _Plant(gpus, servers.serving[0], servers.tick, lambda: False, True)
+        shown = NvmlGpus(EmulatedNvml(servers.bank.state))
+        return _Plant(shown, servers.serving[0], servers.tick, lambda: False, True)
     if options.device == "cpu":
         cores = CpuDevices(options.cores, name=f"serving-testbed-cpu-{os.getpid()}")
-        executed = ExecutedServing("cpu", cores.attach, loop.wall_s, spoke.watch)
-        return _Plant(cores, executed, lambda t_s: None, lambda: executed.collect(readable), True)
+        serving = _real_serving(options, loop, spoke, cores.attach, [])
+        return _Plant(cores, serving, lambda t_s: None, lambda: serving.collect(readable), True)
     import pynvml
 
     real = NvmlGpus(pynvml)
-    executed = ExecutedServing("cuda", lambda gpu, pid: None, loop.wall_s, spoke.watch)
+    serving = _real_serving(options, loop, spoke, _attach_to_nothing, real.uuids)
     return _Plant(
         real,
-        executed,
+        serving,
         lambda t_s: None,
-        lambda: executed.collect(readable),
+        lambda: serving.collect(readable),
         options.allow_hardware_writes,
     )
+
+
+def _real_serving(
+    options: NodeOptions,
+    loop: LiveScheduler,
+    spoke: ZmqSpoke,
+    attach: Callable[[int, int], None],
+    uuids: list[str],
+) -> ExecutedServing | ForwardedServing:
+    if options.forward:
+        return ForwardedServing(options.forward, loop.wall_s, spoke.watch)
+    return ExecutedServing(options.device, attach, loop.wall_s, spoke.watch, uuids=uuids)
+
+
+def _attach_to_nothing(gpu: int, pid: int) -> None:
+    """CUDA programs are told their GPU when they start."""
 
 
 def readable(descriptor: int) -> bool:
