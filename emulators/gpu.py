@@ -40,6 +40,8 @@ HW_THERMAL = 0x40
 
 _CUDA = {7: (8, 0), 9: (9, 0), 10: (10, 0)}
 """CUDA compute capability by NVML architecture number."""
+FIRST_UUID = 0x7E57BED
+"""UUIDs of emulated GPUs count up from here."""
 _CONTROL_WINDOW_S = 0.5
 """Time constant of the mean that the cap controller holds (assumed)."""
 _PAYBACK = 2.0
@@ -68,7 +70,7 @@ class GpuBank:
         *,
         inlet_c: float | Floats = 24.0,
         offset_c: float | Floats = 0.0,
-        first_uuid: int = 0x7E57BED,
+        first_uuid: int = FIRST_UUID,
     ) -> None:
         self.profile = profile
         self.state = state

@@ -22,7 +22,7 @@ from daemons.node import NodeDaemon
 from daemons.safety import CapGuard, Journal
 from daemons.seams import GpuDevice, Serving
 from daemons.tenants import TenantHost
-from emulators.gpu import GpuBank
+from emulators.gpu import FIRST_UUID, GpuBank
 from emulators.memory import ModelledTenants
 from emulators.nvml import EmulatedNvml
 from emulators.profiles import load_gpu
@@ -248,7 +248,14 @@ def _node_servers(options: NodeOptions) -> ServerBank:
         0.0, options.temp_spread_c, count
     )
     state = GpuState.create(count, path=options.state_dir / "gpus.state")
-    bank = GpuBank(profile, state, inlet_c=options.inlet_c, offset_c=offsets_c)
+    bank = GpuBank(
+        profile,
+        state,
+        inlet_c=options.inlet_c,
+        offset_c=offsets_c,
+        # Counted through the run, as the one bank of a virtual run counts them.
+        first_uuid=FIRST_UUID + options.place * count,
+    )
     return ServerBank(bank, num_nodes=1)
 
 
