@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
 
-.PHONY: help run test check bench experiment experiments clean
+.PHONY: help run test check bench fidelity experiment experiments clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -33,6 +33,11 @@ check: $(VENV)/.ready
 ## make bench               how fast the engine is, at several sizes
 bench: $(VENV)/.ready
 	for n in 1 8 100 1000; do $(BIN)/testbed bench engine --instances $$n --requests 20000 --json; done
+
+## make fidelity            error tables against measured data, and runs/fidelity.html
+fidelity: $(VENV)/.ready
+	@mkdir -p runs
+	$(BIN)/testbed fidelity $(if $(DATA),--data $(DATA)) --html runs/fidelity.html
 
 ## make experiment NAME=first_run [MODE=virtual]
 experiment: $(VENV)/.ready

@@ -25,9 +25,12 @@ from testbed import rig
 from testbed.analysis.compare import compare as comparison
 from testbed.analysis.compare import comparison_lines, write_comparison
 from testbed.analysis.export import export as export_recording
+from testbed.analysis.fidelity import compare as compare_with_measured
+from testbed.analysis.fidelity_figures import write_page, write_svg
 from testbed.analysis.report import write_report
 from testbed.bench import bench_engine
-from testbed.core.errors import DeviceError, TestbedError
+from testbed.calibrate import calibrate, load_profile, validate, write_profile
+from testbed.core.errors import DeviceError, SpecError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
 from testbed.core.transport.zmq import generate_keys
 from testbed.doctor import examine
@@ -381,6 +384,120 @@ def replay(recording: Path, policies: tuple[str, ...], as_json: bool) -> None:
 def export(recording: Path, kind: str, out: Path | None) -> None:
     """Turn a recording into CSV files, a timeline for ui.perfetto.dev, or a metrics page."""
     click.echo(export_recording(recording, kind, out))
+
+
+# Trust.
+
+
+@main.command()
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of measured sets.")
+@click.option("--set", "sets", multiple=True, help="Only these sets.")
+@click.option("--html", type=click.Path(path_type=Path), help="Draw predicted against measured.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw it small, for documents.")
+@_JSON
+def fidelity(
+    data: Path | None,
+    sets: tuple[str, ...],
+    html: Path | None,
+    svg: Path | None,
+    as_json: bool,
+) -> None:
+    """Errors of the models against measured hardware, on configurations that were not fitted."""
+    comparisons = compare_with_measured(data, sets)
+    if html is not None:
+        write_page(comparisons, html)
+    if svg is not None:
+        write_svg(comparisons, svg)
+    rows = [comparison.row() for comparison in comparisons]
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(title="absolute error against measurements")
+    for head in (
+        "set",
+        "GPU",
+        "model",
+        "quantity",
+        "rows",
+        "median",
+        "mean",
+        "p90",
+        "bias",
+        "naive",
+    ):
+        table.add_column(head)
+    for row in rows:
+        unit = "" if row["quantity"].endswith(("_points", "_c")) else "%"
+
+        def share(value: float | None, unit: str = unit) -> str:
+            if value is None:
+                return "-"
+            return f"{value:.1%}" if unit else f"{value:.2f}"
+
+        naive = "; ".join(
+            f"{name} {share(errors.get('ape_median_frac'))}"
+            for name, errors in (row["naive"] or {}).items()
+        )
+        table.add_row(
+            row["set"], row["gpu"], row["model"], row["quantity"], f"{row['rows']:,}",
+            share(row["ape_median_frac"]), share(row["ape_mean_frac"]),
+            share(row["ape_p90_frac"]), share(row["bias_frac"]), naive,
+        )  # fmt: skip
+    _OUT.print(table)
+
+
+_PROFILE = click.option("--profile", type=click.Path(path_type=Path), default=Path("device.toml"),
+                        show_default=True)  # fmt: skip
+
+
+@main.command("calibrate")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@_PROFILE
+def calibrate_command(device: str, profile: Path) -> None:
+    """Measure this machine with torch for some minutes, and write its profile with its errors."""
+    measured = calibrate(device, report=_say)  # type: ignore[arg-type]
+    write_profile(measured, profile)
+    table = Table(title=f"errors on points left out of the fit: {profile}")
+    for head in ("phase", "speed", "points", "mean", "worst", "bias"):
+        table.add_column(head)
+    for row in measured.errors:
+        mean, worst, bias = (float(row[f"{k}_frac"]) for k in ("ape_mean", "ape_max", "bias"))
+        table.add_row(
+            str(row["phase"]), f"{float(row['speed']):g}", str(row["points"]),
+            f"{mean:.1%}", f"{worst:.1%}", f"{bias:+.1%}",
+        )  # fmt: skip
+    _OUT.print(table)
+
+
+@main.command("validate")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]),
+              help="Calibrate this device first if the profile is not there.")  # fmt: skip
+@_PROFILE
+@_JSON
+def validate_command(device: str | None, profile: Path, as_json: bool) -> None:
+    """Serve a short trace on the real device and on its emulated twin, and compare."""
+    if not profile.exists() and device is not None:
+        write_profile(calibrate(device, report=_say), profile)  # type: ignore[arg-type]
+    measured = load_profile(profile)
+    if device is not None and measured.device != device:
+        raise SpecError(f"profile {profile} is of {measured.device}, not of {device}")
+    rows = validate(measured, report=_say)
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(title="the device against its emulated twin")
+    for head in ("speed", "quantity", "measured", "emulated", "error"):
+        table.add_column(head)
+    for row in rows:
+        table.add_row(
+            f"{row['speed']:g}", row["quantity"], f"{row['measured']:.4g}",
+            f"{row['emulated']:.4g}", f"{row['ape_frac']:.1%}",
+        )  # fmt: skip
+    _OUT.print(table)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
 # Speed.

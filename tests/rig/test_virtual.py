@@ -71,7 +71,7 @@ def test_the_cap_holds_but_for_the_reaction_time(tmp_path, policy):
         settled = t_s > 10.0
         assert over[settled].mean() < 0.01
     without = columns(run(tmp_path, "policy=[]", "duration_s=60", "workload.rate_rps=40"), "rows")
-    assert (without["draw_w"] > without["budget_w"]).mean() > 0.5, "the cap must have had work"
+    assert (without["draw_w"] > without["budget_w"]).mean() > 0.3, "the cap must have had work"
 
 
 def test_commands_are_few(tmp_path):

@@ -1,0 +1,697 @@
+"""How far the emulated physics is from measured hardware: `testbed fidelity`.
+
+For each measured set that a folder holds, each quantity is predicted and compared row by row with
+what was measured; beside it stand naive alternatives, so that an error can be judged. Constants
+come from fits that have not seen the row's configuration (`testbed.analysis.measured.fold_of`):
+that holds for rows that were there when constants were fitted and for rows that were not. Nothing
+is looked up by row, and nothing is fitted here.
+
+>>> rows = evaluate(None, sets=("mlperf_power",))
+>>> sorted(rows[0])[:4]
+['ape_mean_frac', 'ape_median_frac', 'ape_p90_frac', 'bias_frac']
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from emulators.models import load_model
+from emulators.power import clock_for_limit
+from emulators.profiles import load_gpu
+from emulators.timing import IterationCost, Stack
+from testbed.analysis import serving_power, silicon
+from testbed.analysis.fitting import KERNELS, VLLM_MODELS, Kernel, Sample, predict_out
+from testbed.analysis.fitting_serving import (
+    GAP_LAW,
+    POWER_LAW,
+    PROMPT_LAW,
+    SATURATED,
+    SPLITWISE_GPUS,
+    SPLITWISE_POINT,
+    TOKEN_LAW,
+    SiliconFit,
+    energy_rows,
+    formula,
+    harness,
+    splitwise,
+    text_dense,
+)
+from testbed.analysis.measured import (
+    Columns,
+    card_for,
+    find,
+    fold_of,
+    keys,
+    need,
+    size,
+    take,
+)
+from testbed.core.errors import SpecError
+
+SHIPPED = Path(__file__).parent / "fidelity_data"
+"""The measured rows that come with the package."""
+
+
+class Comparison(NamedTuple):
+    """One quantity of one set, predicted and measured, row by row."""
+
+    set: str
+    gpu: str
+    model: str
+    quantity: str
+    predicted: Any
+    measured: Any
+    naive: dict[str, Any]
+    """Alternative predictions of the same rows."""
+    differences: bool = False
+    """Errors are differences in the quantity's own unit, not shares of what was measured."""
+
+    def row(self) -> dict[str, Any]:
+        """The entry of ``testbed fidelity --json``."""
+        return {
+            "set": self.set,
+            "gpu": self.gpu,
+            "model": self.model,
+            "quantity": self.quantity,
+            "rows": len(self.measured),
+            **_errors(self.predicted, self.measured, self.differences),
+            "naive": {
+                name: _errors(values, self.measured, self.differences)
+                for name, values in self.naive.items()
+            },
+        }
+
+
+def _errors(predicted: Any, measured: Any, differences: bool) -> dict[str, float | None]:
+    usable = np.isfinite(predicted) & np.isfinite(measured)
+    if not usable.any():
+        return dict.fromkeys(("ape_median_frac", "ape_mean_frac", "ape_p90_frac", "bias_frac"))
+    off = predicted[usable] - measured[usable]
+    if not differences:
+        off = off / measured[usable]
+    size_of = np.abs(off)
+    return {
+        "ape_median_frac": float(np.median(size_of)),
+        "ape_mean_frac": float(size_of.mean()),
+        "ape_p90_frac": float(np.quantile(size_of, 0.9)),
+        "bias_frac": float(off.mean()),
+    }
+
+
+@cache
+def _folds() -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads((SHIPPED / "folds.json").read_text(encoding="utf-8"))
+    return tree
+
+
+# Kernels.
+
+
+def _kernels(data: Path, gpus: Iterable[str], name: str) -> list[Comparison]:
+    out = []
+    for kernel in KERNELS:
+        for gpu in gpus:
+            sample = kernel.load(data, gpu)
+            folds = _folds().get(f"{gpu}/{kernel.name}")
+            if sample is None or folds is None or not len(sample.measured_s):
+                continue
+            assert kernel.kind is not None
+            parts = [msgspec.convert(one, kernel.kind) for one in folds]
+            predicted = predict_out(kernel, gpu, sample, parts)
+            naive = {"roofline": kernel.roofline(load_gpu(gpu).chip, sample.columns)}
+            naive["power_law"] = _power_law(kernel, gpu, sample)
+            naive["constant"] = _constant(sample)
+            quantity = f"{kernel.name}_s"
+            out.append(Comparison(name, gpu, "all", quantity, predicted, sample.measured_s, naive))
+    return out
+
+
+def _power_law(kernel: Kernel, gpu: str, sample: Sample) -> Any:
+    """Straight-line interpolation in logs of roofline time, fitted without the row's fold."""
+    x = np.log(np.maximum(kernel.roofline(load_gpu(gpu).chip, sample.columns), 1e-12))
+    y = np.log(sample.measured_s)
+    return np.exp(_by_fold(sample.configuration, lambda rest, own: _line(x, y, rest, own)))
+
+
+def _line(x: Any, y: Any, rest: Any, own: Any) -> Any:
+    if rest.sum() < 3:
+        return np.full(int(own.sum()), np.nan)
+    design = np.column_stack([np.ones(len(x)), x, x**2])
+    solution = np.linalg.lstsq(design[rest], y[rest], rcond=None)[0]
+    return design[own] @ solution
+
+
+def _constant(sample: Sample) -> Any:
+    y = sample.measured_s
+    return _by_fold(
+        sample.configuration,
+        lambda rest, own: np.full(int(own.sum()), np.median(y[rest]) if rest.any() else np.nan),
+    )
+
+
+def _by_fold(configuration: Any, predict: Callable[[Any, Any], Any]) -> Any:
+    folds = fold_of(configuration)
+    out = np.full(len(folds), np.nan)
+    for fold in np.unique(folds):
+        own = folds == fold
+        out[own] = predict(~own, own)
+    return out
+
+
+def _aiconfigurator(data: Path) -> list[Comparison]:
+    gpus = ("a100-80gb", "h100-sxm", "h200-sxm")
+    return _kernels(data, gpus, "gpu_kernels_aiconfigurator")
+
+
+def _vllm_kernels(data: Path) -> list[Comparison]:
+    gpus = ("rtx-4090", "rtx-pro-6000")
+    return _kernels(data, gpus, "vllm_kernel_profiles") + _mixed(data)
+
+
+def _mixed(data: Path) -> list[Comparison]:
+    """The reduction to a closed form, on mixed batches of whole layers' attention.
+
+    Predicted by what the engine sums: linear in context and pairs.
+    """
+    columns = find(data / "vllm_kernel_profiles", "attention")
+    if columns is None:
+        return []
+    out = []
+    names = {"RTX4090": "rtx-4090", "RTXPRO6000": "rtx-pro-6000"}
+    for label, gpu in names.items():
+        for model, card in VLLM_MODELS.items():
+            own = (columns["gpu"] == label) & (columns["model"] == model)
+            own &= (columns["prefill_chunk"] >= 256) & (columns["n_decode"] >= 8)
+            mine = take(columns, own)
+            if not size(mine):
+                continue
+            predicted, pure = np.zeros(size(mine)), np.zeros(size(mine))
+            for tp in np.unique(mine["tp"]):
+                rows = mine["tp"] == tp
+                cost = IterationCost(
+                    load_model(card), load_gpu(gpu), tp=int(tp), stack=Stack(0.0, 0.0)
+                )
+                part = take(mine, rows)
+                predicted[rows], pure[rows] = _attention_linear(cost, part)
+            measured = mine["time_us"] / 1e6
+            out.append(
+                Comparison("vllm_kernel_profiles", gpu, card, "mixed_attention_closed_form_s",
+                           predicted, measured, {"decodes_as_when_alone": pure})
+            )  # fmt: skip
+    return out
+
+
+def _attention_linear(cost: IterationCost, c: Columns) -> tuple[Any, Any]:
+    """Attention of one layer as the closed form has it, and with decodes at their pure cost."""
+    layers = cost.model.num_attention_layers
+    chunk, before, seqs = c["prefill_chunk"], c["kv_prefill"], c["n_decode"]
+    context = seqs * c["kv_decode"]
+    pairs = chunk * before + chunk * (chunk + 1) / 2
+    fixed = np.array(
+        [cost.attention_base_s(int(n), int(p)) for n, p in zip(seqs, chunk, strict=True)]
+    )
+    prefill = fixed + cost.per_pair_s(1.0) * pairs
+    mixed = prefill + cost.per_context_token_mixed_s(1.0) * context
+    pure = prefill + cost.per_context_token_s(1.0) * context
+    return mixed / layers, pure / layers
+
+
+_VIDUR_GPUS = {"a100": "a100-80gb", "h100": "h100-sxm"}
+
+
+def _vidur(data: Path) -> list[Comparison]:
+    """Linear layers of an older framework, by kernels fitted on another set: do they transfer?"""
+    columns = find(data / "vidur_profiles", "mlp")
+    if columns is None:
+        return []
+    need(columns, ["gpu", "model", "num_tokens", "num_tensor_parallel_workers"], "vidur mlp")
+    layers = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
+    out = []
+    for label, gpu_name in _VIDUR_GPUS.items():
+        gpu = load_gpu(gpu_name)
+        kernel = next(one for one in KERNELS if one.name == "gemm_bf16")
+        folds = [msgspec.convert(one, kernel.kind) for one in _folds()[f"{gpu_name}/gemm_bf16"]]
+        mine = take(columns, columns["gpu"] == label)
+        if not size(mine):
+            continue
+        tp = mine["num_tensor_parallel_workers"]
+        heads, kv_heads = mine["n_head"] / tp, np.maximum(mine["n_kv_head"] / tp, 1.0)
+        width = mine["n_embd"] / mine["n_head"]
+        up = np.array([2.0 if _true(value) else 1.0 for value in mine["use_gated_mlp"]])
+        shapes = {
+            "attn_pre_proj": ((heads + 2 * kv_heads) * width, mine["n_embd"]),
+            "attn_post_proj": (mine["n_embd"], heads * width),
+            "mlp_up_proj": (up * mine["n_expanded_embd"] / tp, mine["n_embd"]),
+            "mlp_down_proj": (mine["n_embd"], mine["n_expanded_embd"] / tp),
+        }
+        predicted, measured, roof = [], [], []
+        for layer in layers:
+            n, k = shapes[layer]
+            table = {"m": mine["num_tokens"], "n": n, "k": k}
+            time_s = mine.get(f"ms_{layer}.median")
+            if time_s is None:
+                continue
+            usable = np.isfinite(time_s) & (time_s > 0)
+            part = take(table, usable)
+            predicted.append(kernel.predict(folds[0], gpu.chip, part))
+            roof.append(kernel.roofline(gpu.chip, part))
+            measured.append(time_s[usable] / 1e3)
+        out.append(
+            Comparison("vidur_profiles", gpu_name, "all", "linear_layer_s",
+                       np.concatenate(predicted), np.concatenate(measured),
+                       {"roofline": np.concatenate(roof)})
+        )  # fmt: skip
+    return out
+
+
+def _true(value: Any) -> bool:
+    return value in (True, 1.0, "true", "True")
+
+
+# Serving.
+
+
+def _splitwise(data: Path) -> list[Comparison]:
+    columns = splitwise(data)
+    if columns is None:
+        return []
+    out = []
+    point = keys(columns, SPLITWISE_POINT)
+    for name, law, column in (
+        ("prompt", PROMPT_LAW, "prompt_time"), ("token", TOKEN_LAW, "token_time"),
+    ):  # fmt: skip
+        for hardware, gpu in SPLITWISE_GPUS.items():
+            own = columns["hardware"] == hardware
+            if not own.any():
+                continue
+            mine = take(columns, own)
+            measured = mine[column] / 1e3
+            predicted = law.predict_out(_folds()[f"splitwise/{hardware}/{name}"], mine, point[own])
+            kernel_s = mine["kernels_s"] + mine["reduce_s"] if name == "prompt" else mine["token_s"]
+            naive = {"kernel_sum": kernel_s}
+            naive["constant"] = _constant(Sample(mine, measured, point[own]))
+            model = "|".join(sorted(set(mine["model"])))
+            out.append(
+                Comparison("splitwise_perf", gpu, model, f"{name}_s", predicted, measured, naive)
+            )
+    powered = (columns["average_power"] > 0) & (columns["prompt_size"] <= 1024)
+    powered &= columns["batch_size"] <= 16
+    if powered.any():
+        mine = take(columns, powered)
+        mine["measured_token_s"] = mine["token_time"] / 1e3
+        measured = mine["average_power"] * load_gpu("a100-80gb").power_limit_max_w
+        fits = _folds()["splitwise/a100-80gb/power"]
+        predicted = POWER_LAW.predict_out(fits, mine, point[powered])
+        naive = {"constant": _constant(Sample(mine, measured, point[powered]))}
+        out.append(
+            Comparison("splitwise_perf", "a100-80gb", "all", "power_w", predicted, measured, naive)
+        )
+    return out
+
+
+def _silicon(data: Path) -> list[Comparison]:
+    columns = find(data / "llm_e2e_silicon", "silicon_sample")
+    if columns is None:
+        return []
+    setups = silicon.setups(columns)
+    table: list[tuple[Any, ...]] = []
+    for row, setup in enumerate(setups):
+        if setup is None:
+            continue
+        folds = _folds().get(f"silicon/{harness(setup)}")
+        if folds is None:
+            continue
+        fold = int(fold_of([setup.configuration])[0])
+        fit = msgspec.convert(folds[fold + 1], SiliconFit)
+        served = silicon.serve(setup, fit.engine())
+        if served is None:
+            continue
+        ttft, tpot = fit.times_s(setup, served.steady_ttft_s, served.burst_ttft_s, served.tpot_s)
+        table.append(
+            (row, setup, float(ttft), float(tpot), served.kv_demand_frac, *_kernel_sum(setup))
+        )
+    out: list[Comparison] = []
+    groups = sorted({(one[1].gpu, one[1].backend) for one in table})
+    for gpu, backend in [*groups, ("all", "all")]:
+        own = [
+            one for one in table if gpu == "all" or (one[1].gpu, one[1].backend) == (gpu, backend)
+        ]
+        for saturated in (False, True):
+            rows = [one for one in own if (one[4] > SATURATED) == saturated]
+            if not rows or (saturated and gpu != "all"):
+                continue
+            index = np.array([one[0] for one in rows])
+            suffix = "_saturated" if saturated else ""
+            for at, kernel_at, quantity, column in (
+                (2, 5, "ttft_s", "silicon_ttft_ms"), (3, 6, "tpot_s", "silicon_tpot_ms"),
+            ):  # fmt: skip
+                measured = columns[column][index] / 1e3
+                predicted = np.array([one[at] for one in rows])
+                naive = {"kernel_table_without_queue": np.array([one[kernel_at] for one in rows])}
+                naive["another_run_of_the_same_setup"] = _repeats(
+                    [one[1] for one in rows], measured
+                )
+                out.append(
+                    Comparison("llm_e2e_silicon", gpu, backend, quantity + suffix, predicted,
+                               measured, naive)
+                )  # fmt: skip
+    return out
+
+
+def _kernel_sum(setup: silicon.Setup) -> tuple[float, float]:
+    """TTFT and TPOT of a table of kernel times: one prompt's prefill, one iteration's decode."""
+    cost = IterationCost(
+        load_model(setup.model), load_gpu(setup.gpu), tp=setup.num_gpus,
+        ep=setup.num_gpus if setup.expert_parallel else 1, precision=setup.precision,
+        stack=Stack(0.0, 0.0),
+    )  # fmt: skip
+    prompt, users = setup.prompt_tokens, setup.concurrency
+    pairs = 0.5 * prompt * prompt
+    first = cost.base_s(0, prompt, 1, 0, 1.0) + pairs * cost.per_pair_s(1.0)
+    context = users * (prompt + setup.output_tokens / 2)
+    each = cost.base_s(users, 0, 0, 0, 1.0) + context * cost.per_context_token_s(1.0)
+    return first, each
+
+
+def _repeats(setups: list[silicon.Setup], measured: Any) -> Any:
+    """The median of other measurements of the very same setup; NaN where there is none.
+
+    It bounds what any prediction from the stated configuration can reach.
+    """
+    groups: dict[silicon.Setup, list[int]] = {}
+    for row, setup in enumerate(setups):
+        groups.setdefault(setup, []).append(row)
+    out = np.full(len(measured), np.nan)
+    for rows in groups.values():
+        # Dumps repeat each other: only distinct values are other runs.
+        distinct = np.unique(measured[rows])
+        for row in rows:
+            others = distinct[np.abs(distinct / measured[row] - 1) > 1e-6]
+            if len(others):
+                out[row] = np.median(others)
+    return out
+
+
+def _runs(data: Path) -> list[Comparison]:
+    out = []
+    for run in silicon.runs(data):
+        label = f"{run.model}" + (f" tp{run.tp}" if run.tp > 1 else "")
+        for quantity, predicted, measured in (
+            ("ttft_s", run.predicted_ttft_s, run.ttft_s),
+            ("tpot_s", run.predicted_tpot_s, run.tpot_s),
+        ):
+            naive = {"constant": np.full(len(measured), np.median(measured))}
+            out.append(
+                Comparison("vllm_runs", run.gpu, label, quantity, predicted, measured, naive)
+            )
+            out.append(
+                Comparison("vllm_runs", run.gpu, label, f"mean_{quantity}",
+                           np.array([predicted.mean()]), np.array([measured.mean()]), {})
+            )  # fmt: skip
+    return out
+
+
+# Power.
+
+
+def _energy_v3(data: Path) -> list[Comparison]:
+    columns = energy_rows(data)
+    if columns is None:
+        return []
+    power = columns["avg_power_watts"] / columns["num_gpus"]
+    pool = serving_power.load_pool(SHIPPED)
+    out = []
+    for label, gpu in (("H100", "h100-sxm"), ("B200", "b200-sxm")):
+        own = columns["gpu_model"] == label
+        if not own.any():
+            continue
+        mine, measured = take(columns, own), power[own]
+        configuration = keys(mine, serving_power.CONFIGURATION)
+        models = np.array([card_for(one) for one in mine["model_id"]], dtype=object)
+        law = formula(gpu)
+        own_w = law.predict_out(_folds()[f"ml_energy_v3/{gpu}/power"], mine, models)
+        left_out = {level: pool.predict(mine, level) for level in ("configuration", "pair", "row")}
+        naive = {
+            "emulator_formula": own_w,
+            "constant": _constant(Sample(mine, measured, configuration)),
+            "roofline": _roofline_w(gpu, mine),
+            "interpolation_within_configuration": _interpolated(mine, measured, configuration),
+        }
+        out.append(
+            Comparison("ml_energy_v3", gpu, "all", "power_w", left_out["configuration"], measured,
+                       naive)
+        )  # fmt: skip
+        for level, quantity in (
+            ("row", "power_w_configuration_known_at_other_batches"),
+            ("pair", "power_w_model_new_on_this_gpu"),
+        ):
+            out.append(
+                Comparison("ml_energy_v3", gpu, "all", quantity, left_out[level], measured,
+                           {"emulator_formula": own_w})
+            )  # fmt: skip
+        dense = text_dense(mine)
+        if dense.any():
+            out.append(
+                Comparison("ml_energy_v3", gpu, "dense, text", "power_w_emulator", own_w[dense],
+                           measured[dense], {"pooled": left_out["configuration"][dense]})
+            )  # fmt: skip
+        gap = mine["avg_batch_size"] / mine["output_throughput_tokens_per_sec"]
+        predicted = GAP_LAW.predict_out(_folds()[f"ml_energy_v3/{gpu}/gap"], mine, configuration)
+        naive = {
+            "kernel_sum": mine["kernel_s"],
+            "interpolation_within_configuration": _interpolated(mine, gap, configuration),
+        }
+        out.append(Comparison("ml_energy_v3", gpu, "all", "token_gap_s", predicted, gap, naive))
+    return out
+
+
+def _roofline_w(gpu_name: str, columns: Columns) -> Any:
+    """Idle to limit in proportion to the busier of tensor cores and memory."""
+    gpu = load_gpu(gpu_name)
+    share = np.minimum(1.0, np.maximum(columns["tensor_frac"], columns["hbm_frac"]))
+    return gpu.idle_w + (gpu.power_limit_max_w - gpu.idle_w) * share
+
+
+def _interpolated(columns: Columns, measured: Any, configuration: Any) -> Any:
+    """Linear in log2 of batch between the configuration's other batches; NaN outside them."""
+    x = np.log2(columns["avg_batch_size"])
+    out = np.full(len(x), np.nan)
+    for name in np.unique(configuration):
+        rows = np.flatnonzero(configuration == name)
+        rows = rows[np.argsort(x[rows])]
+        for at in range(1, len(rows) - 1):
+            low, high, row = rows[at - 1], rows[at + 1], rows[at]
+            if x[high] > x[low]:
+                part = (x[row] - x[low]) / (x[high] - x[low])
+                out[row] = measured[low] + part * (measured[high] - measured[low])
+    return out
+
+
+def _energy_v2(data: Path) -> list[Comparison]:
+    """An older engine that leaves GPUs waiting: the same formula, busy for its kernels' time."""
+    columns = find(data / "ml_energy_v2", "text_generation_runs")
+    if columns is None:
+        return []
+    need(columns, ["Model", "GPU", "TP", "Energy/req (J)", "Token tput (tok/s)",
+                   "Avg Output Tokens", "Avg BS (reqs)"], "ml_energy_v2")  # fmt: skip
+    gpus = columns["TP"] * np.nan_to_num(columns.get("PP", np.ones(size(columns))), nan=1.0)
+    rate, output = columns["Token tput (tok/s)"], columns["Avg Output Tokens"]
+    known = np.array(
+        [card_for(str(one)) is not None and gpu in serving_power.GPUS
+         for one, gpu in zip(columns["Model"], columns["GPU"], strict=True)]
+    )  # fmt: skip
+    known &= np.isfinite(rate) & np.isfinite(columns["Avg BS (reqs)"]) & np.isfinite(gpus)
+    mine = {
+        "model_id": columns["Model"][known], "gpu_model": columns["GPU"][known],
+        "num_gpus": gpus[known], "avg_batch_size": columns["Avg BS (reqs)"][known],
+        "avg_output_len": output[known], "output_throughput_tokens_per_sec": rate[known],
+        "task": np.array(["lm-arena-chat"] * int(known.sum()), dtype=object),
+    }  # fmt: skip
+    if not size(mine):
+        return []
+    measured = (columns["Energy/req (J)"] * rate / output / gpus)[known]
+    work = serving_power.work(mine)
+    out = []
+    for label in sorted(set(mine["gpu_model"])):
+        gpu_name = serving_power.GPUS[label]
+        gpu, own = load_gpu(gpu_name), mine["gpu_model"] == label
+        rates = take(work, own)
+        busy = np.minimum(1.0, rates["busy_frac"])
+        constants = serving_power.watts_of(gpu)
+        predicted = serving_power.formula_w(gpu, constants, rates, busy)
+        always = serving_power.formula_w(gpu, constants, rates)
+        watts = measured[own]
+        naive = {"always_busy": always, "constant": np.full(len(watts), np.median(watts))}
+        out.append(Comparison("ml_energy_v2", gpu_name, "all", "power_w", predicted, watts, naive))
+    return out
+
+
+_MLPERF_GPUS = {"H200-SXM": "h200-sxm", "H100-PCIe": "h100-sxm", "A100-PCIe": "a100-80gb"}
+_LANGUAGE = ("llama", "mixtral", "gptj", "bert", "stable-diffusion")
+_UNCAPPED = 1.13
+"""Demand of saturated MLPerf runs at full clock over the limit, fitted with the voltages."""
+
+
+def _mlperf(data: Path) -> list[Comparison]:
+    """Throughput under a power cap, as a share of that without.
+
+    Work is taken as bound by the clock, with a demand at full clock of `_UNCAPPED` times the
+    limit. What the pairs cannot separate: capped runs also change batch sizes, host and memory
+    bound benchmarks are among them, and the wall power includes the host.
+    """
+    columns = find(data / "mlperf_power", "power_cap_vs_full_power")
+    if columns is None:
+        return []
+    need(columns, ["gpu", "benchmark", "rel_cap", "rel_throughput"], "mlperf_power")
+    out = []
+    predicted = np.zeros(size(columns))
+    for row in range(size(columns)):
+        name = next(
+            (gpu for part, gpu in _MLPERF_GPUS.items() if part in columns["gpu"][row]), "h100-sxm"
+        )
+        predicted[row] = capped_share(name, float(columns["rel_cap"][row]))
+    measured = columns["rel_throughput"]
+    naive = {
+        "proportional_to_cap": columns["rel_cap"],
+        "no_effect": np.ones(len(measured)),
+        "constant": np.full(len(measured), np.median(measured)),
+    }
+    language = np.array(
+        [any(part in one for part in _LANGUAGE) for one in columns["benchmark"]], bool
+    )
+    for label, own in (("all", np.ones(len(measured), bool)), ("language and diffusion", language)):
+        if own.any():
+            some = {name: values[own] for name, values in naive.items()}
+            out.append(
+                Comparison("mlperf_power", "all", label, "throughput_under_cap_points",
+                           predicted[own], measured[own], some, differences=True)
+            )  # fmt: skip
+    return out
+
+
+def capped_share(gpu_name: str, rel_cap: float) -> float:
+    """Throughput of clock-bound work at a cap of ``rel_cap`` times the limit, over that at it.
+
+    >>> 0.75 < capped_share("h100-sxm", 0.7) < 0.9
+    True
+    """
+    gpu = load_gpu(gpu_name)
+    limit_w = gpu.power_limit_max_w
+    one = np.ones(1)
+    # Operations that draw what is left of the demand beside idling and a busy chip.
+    tensor = (_UNCAPPED * limit_w - gpu.idle_w - gpu.busy_w) / gpu.tensor_w
+    bound = tensor / max(tensor, gpu.gemm_efficiency)
+    clocks = [
+        clock_for_limit(gpu, one * limit_w * cap, one * bound, one * tensor, one * 0.0, one)[0]
+        for cap in (rel_cap, 1.0)
+    ]
+    return float(clocks[0] / clocks[1])
+
+
+# Heat.
+
+_BIOHPC_GPUS = {"A100": (300.0, "a100-80gb"), "H100": (350.0, "h100-sxm")}
+
+
+def _biohpc(data: Path) -> list[Comparison]:
+    """Hourly temperature from hourly power, one month left out at a time.
+
+    The thermal exponent is the profile's; offset and resistance belong to the server's cooling and
+    are fitted per kind of server.
+    """
+    columns = find(data / "biohpc_gpu_servers", "gpu_hourly")
+    if columns is None:
+        return []
+    need(columns, ["gpus", "timestamp", "power_avg_w", "temp_avg_c"], "biohpc gpu_hourly")
+    out = []
+    for part in ("A40", "A100", "H100", "A6000"):
+        own = np.array([part in one for one in columns["gpus"]])
+        if own.sum() < 30:
+            continue
+        mine = take(columns, own)
+        limit_w, gpu_name = _BIOHPC_GPUS.get(part, (300.0, ""))
+        exponent = load_gpu(gpu_name).thermal_exponent if gpu_name else 1.0
+        share = np.maximum(mine["power_avg_w"], 1.0) / limit_w
+        measured = mine["temp_avg_c"]
+        month = np.array([str(one)[:7] for one in mine["timestamp"]], dtype=object)
+        predicted = _straight(share**exponent, measured, month)
+        naive = {
+            "straight_line": _straight(share, measured, month),
+            "constant": np.full(len(measured), np.median(measured)),
+        }
+        out.append(
+            Comparison("biohpc_gpu_servers", gpu_name or part.lower(), part, "temperature_c",
+                       predicted, measured, naive, differences=True)
+        )  # fmt: skip
+    return out
+
+
+def _straight(x: Any, y: Any, groups: Any) -> Any:
+    """A straight line, least squares, fitted without the row's group."""
+    out = np.full(len(x), np.nan)
+    for group in np.unique(groups):
+        own = groups == group
+        rest = ~own
+        if rest.sum() < 10:
+            rest = np.ones(len(x), bool)
+        slope, offset = np.polyfit(x[rest], y[rest], 1)
+        out[own] = slope * x[own] + offset
+    return out
+
+
+SETS: dict[str, Callable[[Path], list[Comparison]]] = {
+    "gpu_kernels_aiconfigurator": _aiconfigurator,
+    "vllm_kernel_profiles": _vllm_kernels,
+    "vidur_profiles": _vidur,
+    "splitwise_perf": _splitwise,
+    "llm_e2e_silicon": _silicon,
+    "vllm_runs": _runs,
+    "ml_energy_v3": _energy_v3,
+    "ml_energy_v2": _energy_v2,
+    "mlperf_power": _mlperf,
+    "biohpc_gpu_servers": _biohpc,
+}
+"""Name of a set's folder -> its comparisons."""
+
+
+def compare(data: Path | None = None, sets: Iterable[str] = ()) -> list[Comparison]:
+    """Compare with every set that is there.
+
+    Args:
+        data: folder of sets; the shipped one if not given.
+        sets: names of `SETS` to compare with; all if empty.
+
+    Raises:
+        SpecError: the folder is missing, holds none of the sets, or a file is not as expected.
+    """
+    data = SHIPPED if data is None else data
+    if not data.is_dir():
+        raise SpecError(f"fidelity data {data}: no such folder")
+    wanted = list(sets) or list(SETS)
+    unknown = [name for name in wanted if name not in SETS]
+    if unknown:
+        raise SpecError(
+            f"fidelity: no set called {', '.join(unknown)}; there are {', '.join(SETS)}"
+        )
+    out: list[Comparison] = []
+    for name in wanted:
+        if (data / name).is_dir():
+            out += SETS[name](data)
+    if not out:
+        raise SpecError(f"fidelity data {data}: none of {', '.join(wanted)} is there")
+    return out
+
+
+def evaluate(data: Path | None = None, sets: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The list that ``testbed fidelity --json`` prints; see `compare`.
+
+    Errors of quantities that end in ``_points`` or ``_c`` are differences in those units.
+    """
+    return [comparison.row() for comparison in compare(data, sets)]

@@ -1,0 +1,515 @@
+"""Fits what belongs to serving: engine overheads, power of saturated GPUs, pooled effects.
+
+    python -m testbed.analysis.fitting_serving --data DIR --date DATE
+
+adds to `fidelity_data/folds.json` and `fidelity_data/pooled.json`, and writes power constants into
+the profiles. Run it after `testbed.analysis.fitting`, whose kernels it builds on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from scipy.optimize import least_squares, minimize
+
+from emulators.kernels import reduce_s
+from emulators.models import load_model
+from emulators.profiles import load_gpu
+from emulators.timing import IterationCost, Stack
+from testbed.analysis import serving_power, silicon
+from testbed.analysis.fitting import error_text, set_constant
+from testbed.analysis.measured import (
+    FOLDS,
+    Columns,
+    card_for,
+    find,
+    fold_of,
+    keys,
+    need,
+    size,
+    take,
+)
+
+
+class Law(NamedTuple):
+    """A formula with a few constants: how to predict from columns, and where to begin."""
+
+    names: tuple[str, ...]
+    start: tuple[float, ...]
+    predict: Callable[[Any, Columns], Any]
+    loss: float = 0.05
+
+    def fit(self, columns: Columns, measured: Any) -> Any:
+        """Constants for these rows, all positive; residuals of logs, soft L1 loss."""
+
+        def residuals(logs: Any) -> Any:
+            return np.log(self.predict(np.exp(logs), columns) / measured)
+
+        start = np.log(self.start)
+        best = least_squares(
+            residuals, start, bounds=(start - 6, start + 6), loss="soft_l1", f_scale=self.loss
+        )
+        return np.exp(best.x)
+
+    def fit_folds(self, columns: Columns, measured: Any, configuration: Any) -> list[list[float]]:
+        """All-rows constants first, then those without each fold."""
+        fits = [self.fit(columns, measured).tolist()]
+        folds = fold_of(configuration)
+        for fold in range(FOLDS):
+            rest = folds != fold
+            enough = rest.sum() > 2 * len(self.start)
+            fits.append(
+                self.fit(take(columns, rest), measured[rest]).tolist() if enough else fits[0]
+            )
+        return fits
+
+    def predict_out(self, fits: list[list[float]], columns: Columns, configuration: Any) -> Any:
+        """Each row with the constants of its own fold."""
+        folds = fold_of(configuration)
+        out = np.zeros(size(columns))
+        for fold in np.unique(folds):
+            rows = folds == fold
+            out[rows] = self.predict(np.array(fits[fold + 1]), take(columns, rows))
+        return out
+
+
+# Splitwise: an engine of 2023, without CUDA graphs, bound by launches where kernels are short.
+
+SPLITWISE_GPUS = {"a100-80gb": "a100-80gb", "h100-80gb": "h100-sxm"}
+SPLITWISE_POINT = ["model", "hardware", "tensor_parallel", "prompt_size", "batch_size",
+                   "token_size"]  # fmt: skip
+
+
+def splitwise(data: Path) -> Columns | None:
+    """Rows with the kernel times of their prompt and token phases.
+
+    Left out: the `pcap` rows, which are multiples of others and no measurement; models and GPUs
+    that are not known; batches whose KV cache does not fit beside the weights, which the engine
+    cannot have run as one batch.
+    """
+    columns = find(data / "splitwise_perf", "perf_model")
+    if columns is None:
+        return None
+    need(columns, [*SPLITWISE_POINT, "prompt_time", "token_time"], "splitwise_perf/perf_model")
+    rows, extra = [], []
+    for row in range(size(columns)):
+        gpu = SPLITWISE_GPUS.get(columns["hardware"][row])
+        card = card_for(columns["model"][row])
+        if gpu is None or card is None:
+            continue
+        tp = int(columns["tensor_parallel"][row])
+        model, profile = load_model(card), load_gpu(gpu)
+        cost = IterationCost(model, profile, tp=tp, stack=Stack(0.0, 0.0))
+        prompt, batch = int(columns["prompt_size"][row]), int(columns["batch_size"][row])
+        output = columns["token_size"][row]
+        if cost.kv_blocks() * 16 < batch * (prompt + output):
+            continue
+        tokens = prompt * batch
+        pairs = batch * prompt * (prompt + 1) / 2
+        whole = cost.base_s(0, tokens, batch, 0, 1.0) + pairs * cost.per_pair_s(1.0)
+        reduce = 2 * model.layers * float(reduce_s(profile.reduce, 2.0 * model.hidden * tokens, tp))
+        token = cost.base_s(batch, 0, 0, 0, 1.0)
+        context = batch * (prompt + output / 2)
+        token += context * cost.per_context_token_s(1.0)
+        flops = cost.base_flops(batch, 0, 0, 0) + context * cost.flops_per_context_token
+        moved = cost.base_bytes(batch, 0, 0, 0) + context * cost.bytes_per_context_token
+        rows.append(row)
+        extra.append(
+            (
+                whole - reduce,
+                reduce,
+                token,
+                model.layers,
+                tokens,
+                flops,
+                moved,
+                float(not model.gated),
+            )
+        )
+    if not rows:
+        return None
+    names = ("kernels_s", "reduce_s", "token_s", "layers", "tokens", "flops", "bytes", "ungated")
+    added = dict(zip(names, np.array(extra, float).T, strict=True))
+    return {**take(columns, np.array(rows)), **added}
+
+
+def _prompt_s(c: Any, q: Columns) -> Any:
+    scale, reduce, launch, seq, large = c
+    work = scale * q["kernels_s"] + reduce * q["reduce_s"]
+    beyond = np.maximum(q["tokens"] - 2048, 0) / 8192
+    work = (work**4 + (launch * q["layers"]) ** 4) ** 0.25
+    return work * (1 + large * beyond / (1 + q["tokens"] / 8192)) + seq * q["batch_size"]
+
+
+def _token_s(c: Any, q: Columns) -> Any:
+    launch, scale, seq, ungated = c
+    # Ungated models of that time (BLOOM) launch biases and activations one by one.
+    launches = launch * q["layers"] * (1 + ungated * q["ungated"])
+    work = ((scale * q["token_s"]) ** 3 + launches**3) ** (1 / 3)
+    return work + seq * q["batch_size"]
+
+
+PROMPT_LAW = Law(
+    ("kernel_scale", "reduce_scale", "launch_layer_s", "seq_s", "large_batch"),
+    (1.0, 1.3, 6e-4, 1e-3, 0.3), _prompt_s,
+)  # fmt: skip
+TOKEN_LAW = Law(("launch_layer_s", "kernel_scale", "seq_s", "ungated"), (4e-4, 1.0, 3e-4, 0.3),
+                _token_s)  # fmt: skip
+
+
+def _splitwise_power(c: Any, q: Columns) -> Any:
+    busy, tensor, hbm = c
+    gpu = load_gpu("a100-80gb")
+    spent = q["measured_token_s"]
+    share = np.minimum(1.0, q["token_s"] / spent)
+    return (
+        gpu.idle_w + busy * share + tensor * q["flops"] / spent / gpu.peak_flops
+        + hbm * q["bytes"] / spent / gpu.hbm_bytes_per_s
+    )  # fmt: skip
+
+
+POWER_LAW = Law(("busy_w", "tensor_w", "hbm_w"), (100.0, 400.0, 150.0), _splitwise_power)
+
+
+def fit_splitwise(data: Path) -> dict[str, Any]:
+    """Constants per hardware and phase."""
+    out: dict[str, Any] = {}
+    columns = splitwise(data)
+    if columns is None:
+        return out
+    for hardware in SPLITWISE_GPUS:
+        mine = take(columns, columns["hardware"] == hardware)
+        point = keys(mine, SPLITWISE_POINT)
+        for name, law, time in (
+            ("prompt", PROMPT_LAW, "prompt_time"), ("token", TOKEN_LAW, "token_time"),
+        ):  # fmt: skip
+            measured = mine[time] / 1e3
+            fits = law.fit_folds(mine, measured, point)
+            predicted = law.predict_out(fits, mine, point)
+            print(hardware, name, np.round(fits[0], 6), error_text(predicted, measured))
+            out[f"splitwise/{hardware}/{name}"] = fits
+    powered = (columns["average_power"] > 0) & (columns["prompt_size"] <= 1024)
+    mine = take(columns, powered & (columns["batch_size"] <= 16))
+    if size(mine):
+        mine["measured_token_s"] = mine["token_time"] / 1e3
+        measured = mine["average_power"] * 400.0
+        point = keys(mine, SPLITWISE_POINT)
+        fits = POWER_LAW.fit_folds(mine, measured, point)
+        predicted = POWER_LAW.predict_out(fits, mine, point)
+        print("a100 power", np.round(fits[0], 1), error_text(predicted, measured))
+        out["splitwise/a100-80gb/power"] = fits
+    return out
+
+
+# Closed-loop benchmarks: one stack per (GPU, engine).
+
+STACK_NAMES = ("kernel_scale", "iteration_s", "seq_s", "first_s", "burst", "prefill_scale")
+_BASE = (1.0, 1e-3, 1e-5)
+_STEP = (0.15, 1e-3, 2e-5)
+_SHRINK = 4.0
+"""Rows that an effect of a model must outweigh: with so many it counts half."""
+
+
+class SiliconFit(msgspec.Struct, frozen=True):
+    """One benchmark harness on one GPU and engine, for one fold."""
+
+    stack: list[float]
+    """`STACK_NAMES`."""
+    effects: dict[str, list[float]]
+    """Per model, and per model and precision: log factors on TTFT and TPOT that rows of other
+    configurations show. An engine's kernels for a model are not described by its card."""
+
+    def engine(self) -> Stack:
+        """The part that the emulated engine runs with."""
+        scale, iteration_s, seq_s = self.stack[:3]
+        return Stack(iteration_s=iteration_s, seq_s=seq_s, kernel_scale=scale)
+
+    def times_s(self, setup: silicon.Setup, steady: Any, burst: Any, tpot: Any) -> tuple[Any, Any]:
+        """TTFT and TPOT as the benchmark would report them, from the engine's."""
+        _, _, _, first_s, share, prefill_scale = self.stack
+        ttft = first_s + prefill_scale * ((1 - share) * steady + share * burst)
+        for key in effect_keys(setup):
+            effect = self.effects.get(key)
+            if effect is not None:
+                ttft, tpot = ttft * np.exp(effect[0]), tpot * np.exp(effect[1])
+        return ttft, tpot
+
+
+def effect_keys(setup: silicon.Setup) -> tuple[str, str]:
+    """Levels at which effects are pooled, coarse first."""
+    return setup.model, f"{setup.model}|{setup.precision}"
+
+
+def harness(setup: silicon.Setup) -> str:
+    """Rows that share a stack: GPU, engine, and the kind of benchmark they come from."""
+    return f"{setup.gpu}/{setup.backend}/{'drawn' if setup.spread else 'fixed'}"
+
+
+def fit_silicon(data: Path) -> dict[str, Any]:
+    """`SiliconFit` per harness, all rows first and then without each fold, below saturation.
+
+    The engine is run at four stacks per row; between them its times are taken as linear in the
+    stack's constants, which makes the fit, and its folds, cheap.
+    """
+    columns = find(data / "llm_e2e_silicon", "silicon_sample")
+    if columns is None:
+        return {}
+    setups = silicon.setups(columns)
+    stacks = [_BASE] + [
+        tuple(value + (_STEP[index] if at == index else 0.0) for at, value in enumerate(_BASE))
+        for index in range(3)
+    ]
+    tables: dict[str, list[Any]] = {}
+    for row, one in enumerate(setups):
+        if one is None:
+            continue
+        served = [
+            silicon.serve(one, Stack(stack[1], stack[2], kernel_scale=stack[0])) for stack in stacks
+        ]
+        if any(answer is None or answer.kv_demand_frac > SATURATED for answer in served):
+            continue
+        answers = [list(answer[:3]) for answer in served if answer is not None]
+        pair = [columns["silicon_ttft_ms"][row] / 1e3, columns["silicon_tpot_ms"][row] / 1e3]
+        tables.setdefault(harness(one), []).append((one, answers, pair))
+    out: dict[str, Any] = {}
+    apes = []
+    for name, rows in sorted(tables.items()):
+        chosen = [row[0] for row in rows]
+        times: Any = np.array([row[1] for row in rows])  # row, stack, (steady, burst, tpot)
+        measured: Any = np.array([row[2] for row in rows])
+        slopes = (times[:, 1:] - times[:, :1]) / np.array(_STEP)[None, :, None]
+        folds = fold_of([one.configuration for one in chosen])
+        everything = np.ones(len(rows), bool)
+        fits = [_fit_harness(chosen, times[:, 0], slopes, measured, everything)]
+        for fold in range(FOLDS):
+            rest = folds != fold
+            fits.append(
+                _fit_harness(chosen, times[:, 0], slopes, measured, rest)
+                if rest.sum() > 8
+                else SiliconFit([1.0, 1e-3, 1e-5, 0.05, 0.1, 1.0], {})
+            )
+        for row, one in enumerate(chosen):
+            fit = fits[folds[row] + 1]
+            steady, burst, tpot = _linear(fit.stack, times[row, 0], slopes[row])
+            ttft, tpot = fit.times_s(one, steady, burst, tpot)
+            apes.append((name, abs(ttft / measured[row, 0] - 1), abs(tpot / measured[row, 1] - 1)))
+        mine = np.array([ape[1:] for ape in apes if ape[0] == name])
+        print(
+            f"{name:26s} {len(rows):4d} rows  {np.round(fits[0].stack, 5)}  APE median: "
+            f"TTFT {np.median(mine[:, 0]):.1%}, TPOT {np.median(mine[:, 1]):.1%}",
+            flush=True,
+        )
+        out[f"silicon/{name}"] = [msgspec.to_builtins(fit) for fit in fits]
+    every = np.array([ape[1:] for ape in apes])
+    print(
+        f"all {len(every)} rows  TTFT {np.median(every[:, 0]):.1%}, "
+        f"TPOT {np.median(every[:, 1]):.1%}"
+    )
+    return out
+
+
+SATURATED = 0.95
+"""Share of the KV blocks that all users want, from which queues for memory rule a row."""
+
+
+def _linear(stack: Any, base: Any, slopes: Any) -> Any:
+    """Steady TTFT, burst TTFT and TPOT at a stack, last axis of ``base`` first."""
+    shift = np.array(stack[:3]) - np.array(_BASE)
+    times = base + np.einsum("...sk,s->...k", slopes, shift)
+    return np.moveaxis(np.maximum(times, 1e-5), -1, 0)
+
+
+def _fit_harness(
+    setups: list[silicon.Setup], base: Any, slopes: Any, measured: Any, rows: Any
+) -> SiliconFit:
+    """Stack by least squares of logs, then effects of models by shrunken medians."""
+    base, slopes, measured = base[rows], slopes[rows], measured[rows]
+    chosen = [one for one, kept in zip(setups, rows, strict=True) if kept]
+
+    def predict(constants: Any) -> Any:
+        steady, burst, tpot = _linear(constants, base, slopes)
+        first_s, share, scale = constants[3:]
+        return np.stack([first_s + scale * ((1 - share) * steady + share * burst), tpot], axis=1)
+
+    def residuals(constants: Any) -> Any:
+        # A weak prior keeps a stack with few rows near kernels as measured.
+        prior = [constants[0] - 1.0, 0.6 * (constants[5] - 1.0)]
+        return np.concatenate([np.log(predict(constants) / measured).ravel(), prior])
+
+    best = least_squares(
+        residuals, [1.0, 1e-3, 1e-5, 0.03, 0.1, 1.0],
+        bounds=([0.4, 0.0, 0.0, 0.0, 0.0, 0.3], [2.5, 0.02, 3e-4, 0.6, 0.7, 4.0]),
+        x_scale=[0.1, 1e-3, 1e-5, 0.02, 0.1, 0.1], loss="soft_l1", f_scale=0.1,
+    )  # fmt: skip
+    left = np.log(measured / predict(best.x))
+    effects: dict[str, list[float]] = {}
+    for level in range(2):
+        labels = np.array([effect_keys(one)[level] for one in chosen], dtype=object)
+        for label in sorted(set(labels)):
+            mine = labels == label
+            shrink = mine.sum() / (mine.sum() + _SHRINK)
+            effect = np.median(left[mine], axis=0) * shrink
+            left[mine] -= effect
+            effects[label] = effect.tolist()
+    return SiliconFit(best.x.tolist(), effects)
+
+
+# ML.ENERGY: token gap and power of saturated serving.
+
+
+def energy_rows(data: Path) -> Columns | None:
+    """Rows of `ml_energy_v3` that are known, with their `serving_power.work`."""
+    columns = find(data / "ml_energy_v3", "llm_runs")
+    if columns is None:
+        return None
+    columns = take(columns, serving_power.known(columns))
+    if not size(columns):
+        return None
+    rates = serving_power.work(columns)
+    return {**columns, **{name: rates[name] for name in rates if name not in columns}}
+
+
+def _gap(c: Any, q: Columns) -> Any:
+    scale, iteration, seq = c
+    return scale * q["kernel_s"] + iteration + seq * q["avg_batch_size"]
+
+
+GAP_LAW = Law(("kernel_scale", "iteration_s", "seq_s"), (1.0, 1e-3, 2e-5), _gap, 0.1)
+
+
+def formula(gpu_name: str) -> Law:
+    """The emulator's power formula on one GPU as a law: busy, memory and decode watts."""
+    gpu = load_gpu(gpu_name)
+
+    def predict(c: Any, q: Columns) -> Any:
+        watts = serving_power.Watts(c[0], least_hbm_w(gpu_name) + c[1], c[2], c[3])
+        return serving_power.formula_w(gpu, watts, q)
+
+    return Law(("busy_w", "more_hbm_w", "decode_w", "sample_w"),
+               (0.3 * gpu.power_limit_max_w, 50.0, 1e4, 5e4), predict)  # fmt: skip
+
+
+def least_hbm_w(gpu_name: str) -> float:
+    """Memory power that kernels alone show: 0.2 of the limit at full bandwidth.
+
+    Serving rows of one GPU hardly vary in bandwidth, so they cannot tell it from standing power.
+    """
+    return 0.2 * load_gpu(gpu_name).power_limit_max_w
+
+
+def text_dense(columns: Columns) -> Any:
+    """Rows of dense models on text: those whose kernels a card describes in full."""
+    return (columns["images"] == 0) & (columns["experts"] == 0)
+
+
+_SOURCE = "ML.ENERGY v3 (ml-energy/leaderboard 0cd52da), dense models on text, fitted with tensor_w"
+
+
+def fit_energy(data: Path, profiles: Path, date: str) -> dict[str, Any]:
+    """Token gap and formula constants per GPU model; writes the latter into profiles."""
+    columns = energy_rows(data)
+    out: dict[str, Any] = {}
+    if columns is None:
+        return out
+    for label, gpu in (("H100", "h100-sxm"), ("B200", "b200-sxm")):
+        mine = take(columns, columns["gpu_model"] == label)
+        configuration = keys(mine, serving_power.CONFIGURATION)
+        measured = mine["avg_batch_size"] / mine["output_throughput_tokens_per_sec"]
+        fits = GAP_LAW.fit_folds(mine, measured, configuration)
+        predicted = GAP_LAW.predict_out(fits, mine, configuration)
+        print(label, "gap", np.round(fits[0], 6), error_text(predicted, measured))
+        out[f"ml_energy_v3/{gpu}/gap"] = fits
+        if gpu == "h100-sxm":
+            # The engine is the same on every GPU; B200 rows show stalls that are not the engine's.
+            note = (
+                "host time beside kernels in ML.ENERGY v3 on H100 (vLLM of 2025), by time per "
+                "token over batch; newer engines hide more of it"
+            )
+            for path in sorted(profiles.glob("*.toml")):
+                set_constant(path, "host_iteration_s", fits[0][1], note, date, "")
+                set_constant(path, "host_seq_s", fits[0][2], note, date, "")
+
+        dense = take(mine, text_dense(mine))
+        law = formula(gpu)
+        models = np.array([card_for(one) for one in dense["model_id"]], dtype=object)
+        measured = dense["avg_power_watts"] / dense["num_gpus"]
+        fits = law.fit_folds(dense, measured, models)
+        predicted = law.predict_out(fits, dense, models)
+        error = error_text(predicted, measured).replace("configuration", "model")
+        print(label, "power", np.round(fits[0], 1), error)
+        out[f"ml_energy_v3/{gpu}/power"] = fits
+        busy_w, hbm_w, decode_w, sample_w = fits[0]
+        hbm_w += least_hbm_w(gpu)
+        decode, sample = (
+            serving_power.operations(load_gpu(gpu), watts) for watts in (decode_w, sample_w)
+        )
+        heirs = [gpu, "h200-sxm"] if gpu == "h100-sxm" else [gpu]
+        for heir in heirs:
+            note = _SOURCE if heir == gpu else f"as on {gpu}; {_SOURCE}"
+            path = profiles / f"{heir}.toml"
+            for name, value in (
+                ("busy_w", busy_w), ("hbm_w", hbm_w), ("decode_ops", decode),
+                ("sample_ops", sample),
+            ):  # fmt: skip
+                set_constant(path, name, value, note, date, error if heir == gpu else "")
+    return out
+
+
+def fit_pool(data: Path, folder: Path) -> None:
+    """Hyperparameters of `serving_power.Pool`, by marginal likelihood; writes pooled.json."""
+    columns = energy_rows(data)
+    if columns is None:
+        return
+    width = len(serving_power.FEATURES) + 1
+
+    def pooled(theta: Any) -> serving_power.Pooled:
+        values = np.exp(theta)
+        return serving_power.Pooled(
+            lengths=values[:width].tolist(), smooth=float(values[width]),
+            linear=float(values[width + 1]), model=float(values[width + 2]),
+            pair=float(values[width + 3]), configuration=float(values[width + 4]),
+            noise={"H100": float(values[width + 5]), "B200": float(values[width + 6])},
+        )  # fmt: skip
+
+    pool = serving_power.Pool(columns, pooled(np.zeros(width + 7)))
+
+    def loss(theta: Any) -> float:
+        value = pool.likelihood(pooled(theta))
+        return -value + 0.1 * float(np.sum((theta[:width] - 1.0) ** 2))
+
+    start = np.concatenate(
+        [np.ones(width), np.log([0.3, 0.3, 0.2, 0.1, 0.05]), np.log([0.01, 0.03])]
+    )
+    best = minimize(loss, start, method="L-BFGS-B", options={"maxiter": 12})
+    (folder / "pooled.json").write_bytes(
+        msgspec.json.format(msgspec.json.encode(pooled(best.x)), indent=1) + b"\n"
+    )
+
+
+def main() -> None:
+    """Fit and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--date", required=True, help="to write beside the constants")
+    arguments = parser.parse_args()
+    root = Path(__file__).resolve().parents[2]
+    folder = Path(__file__).parent / "fidelity_data"
+    path = folder / "folds.json"
+    folds = json.loads(path.read_text())
+    folds.update(fit_splitwise(arguments.data))
+    folds.update(fit_energy(arguments.data, root / "emulators" / "profiles", arguments.date))
+    folds.update(fit_silicon(arguments.data))
+    from testbed.analysis.fitting import rounded
+
+    path.write_text(json.dumps(rounded(folds), indent=0, sort_keys=True) + "\n")
+    fit_pool(arguments.data, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Rows of `llm_e2e_silicon` and `vllm_runs`, served by the emulated engine.
+
+A row states lengths, concurrency and parallelism of a benchmark in a closed loop. It is served in
+two parts: a steady state, entered with the first requests already part done, and the burst of all
+users at the start, which benchmarks count in their means. How much of it they count, and what
+client and front end add to a first token, belongs to the harness and is fitted with the stack.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from emulators.models import load_model
+from emulators.profiles import load_gpu
+from emulators.timing import IterationCost, Precision, Stack
+from testbed.analysis.closed_loop import build, serve_closed_loop, serve_trace
+from testbed.analysis.measured import Columns, card_for, need, read, size
+from testbed.core.errors import SpecError
+from testbed.core.messages import EngineConfig, Request
+
+GPUS = {"h100_sxm": "h100-sxm", "h200_sxm": "h200-sxm", "b200_sxm": "b200-sxm"}
+_ROUNDS = 3
+_MAX_BATCHED_TOKENS = 8192
+_NEEDED = ["model_path", "system", "backend", "precision", "mode", "isl", "osl", "tp_size",
+           "concurrency", "silicon_ttft_ms", "silicon_tpot_ms"]  # fmt: skip
+
+
+class Setup(NamedTuple):
+    """What a row says of how a model was served."""
+
+    model: str
+    gpu: str
+    backend: str
+    precision: Precision | None
+    num_gpus: int
+    expert_parallel: bool
+    prompt_tokens: int
+    output_tokens: int
+    concurrency: int
+    spread: float
+    """Lengths are drawn evenly from (1 - spread, 1] times the nominal ones."""
+
+    @property
+    def configuration(self) -> str:
+        """Model, GPUs, engine and parallelism: what cross-validation leaves out together."""
+        return "|".join(
+            [self.model, self.gpu, self.backend, str(self.precision), str(self.num_gpus),
+             str(self.expert_parallel)]
+        )  # fmt: skip
+
+
+class Prediction(NamedTuple):
+    """What the engine did with a row, seconds."""
+
+    steady_ttft_s: float
+    burst_ttft_s: float
+    tpot_s: float
+    kv_demand_frac: float
+    """KV blocks that all users together want, over those there are. Near 1 queues begin."""
+
+
+def setups(columns: Columns) -> list[Setup | None]:
+    """Each row's setup; None for what is not modelled.
+
+    Not modelled: separate prefill and decode workers, attention data parallelism, pipelines, GPUs
+    and models without a profile or card.
+    """
+    need(columns, _NEEDED, "llm_e2e_silicon/silicon_sample")
+    return [
+        _setup({name: values[row] for name, values in columns.items()})
+        for row in range(size(columns))
+    ]
+
+
+def _setup(row: dict[str, Any]) -> Setup | None:
+    card = card_for(row["model_path"])
+    gpu = GPUS.get(row["system"])
+    if card is None or gpu is None or row["mode"] != "agg":
+        return None
+    if _number(row.get("attention_dp_size"), 1) > 1 or _number(row.get("pp_size"), 1) > 1:
+        return None
+    tp = int(_number(row["tp_size"], 1))
+    moe_tp = int(_number(row.get("moe_tp_size"), 1))
+    moe_ep = int(_number(row.get("moe_ep_size"), 1))
+    # Some rows state the product of the two expert degrees as tensor parallelism.
+    num_gpus = max(moe_tp, moe_ep) if tp > 8 else max(tp, moe_tp, moe_ep)
+    concurrency = _number(row["concurrency"], _number(row.get("batch_size"), 0.0))
+    if num_gpus > 8 or concurrency < 1:
+        return None
+    precision: Precision | None = None
+    if card != "gpt-oss-120b":
+        stated = row["precision"]
+        precision = stated if stated in ("bf16", "fp8", "fp4", "int4") else "bf16"
+    fixed = "gap-analysis" in str(row.get("source", "gap-analysis"))
+    return Setup(
+        card, gpu, str(row["backend"]), precision, num_gpus, moe_ep > 1, int(row["isl"]),
+        int(row["osl"]), int(concurrency), 0.0 if fixed else 0.2,
+    )  # fmt: skip
+
+
+def _number(value: Any, default: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return default
+    return default if np.isnan(number) else number
+
+
+def serve(setup: Setup, stack: Stack) -> Prediction | None:
+    """Serve a setup; None if the model does not fit."""
+    cost = IterationCost(
+        load_model(setup.model),
+        load_gpu(setup.gpu),
+        tp=setup.num_gpus,
+        ep=setup.num_gpus if setup.expert_parallel else 1,
+        precision=setup.precision,
+        stack=stack,
+    )
+    users = setup.concurrency
+    config = EngineConfig(
+        max_num_seqs=max(users, 256), max_batched_tokens=max(_MAX_BATCHED_TOKENS, users + 1024)
+    )
+    try:
+        engine = build(cost, config)
+    except ValueError:
+        return None
+    draw = np.random.default_rng(0)
+    count = max(users * _ROUNDS, 12)
+    prompts = np.rint(setup.prompt_tokens * draw.uniform(1 - setup.spread, 1, count))
+    outputs = np.maximum(2, np.rint(setup.output_tokens * draw.uniform(1 - setup.spread, 1, count)))
+    first = min(users, count)
+    # The first users are found part done, evenly.
+    started = outputs.copy()
+    started[:first] = np.maximum(2, outputs[:first] * (draw.permutation(first) + 1) / first)
+    requests = [
+        Request(row, 0.0, int(prompts[row]), int(started[row])) for row in range(count)
+    ]  # fmt: skip
+    served = serve_closed_loop(engine, requests, users)
+    later = [one for row, one in served.items() if row >= first]
+    if not later:
+        return None
+    short = [Request(row, 0.0, int(prompts[row]), 2) for row in range(first)]
+    burst = serve_trace(build(cost, config), short)
+    wanted = users * (setup.prompt_tokens + setup.output_tokens) * (1 - setup.spread / 2)
+    return Prediction(
+        float(np.mean([one.ttft_s for one in later])),
+        float(np.mean([one.ttft_s for one in burst.values()])),
+        float(np.mean([one.tpot_s for one in later])),
+        wanted / (engine.kv_blocks * config.block_size_tokens),
+    )
+
+
+# Recorded runs of vLLM, request by request.
+
+_CARDS = {
+    "rtxpro6000": "rtx-pro-6000",
+    "rtx4090": "rtx-4090",
+    "h100": "h100-sxm",
+    "h200": "h200-sxm",
+    "a100": "a100-80gb",
+    "b200": "b200-sxm",
+}
+VLLM_STACK = Stack(iteration_s=1.6e-3, seq_s=0.0)
+"""vLLM 0.19 with CUDA graphs: scheduling and sampling that kernels do not hide."""
+
+
+class Run(NamedTuple):
+    """A recorded run and what we make of it; arrays have one entry per request."""
+
+    name: str
+    gpu: str
+    model: str
+    tp: int
+    ttft_s: Any
+    tpot_s: Any
+    predicted_ttft_s: Any
+    predicted_tpot_s: Any
+
+
+def runs(data: Path) -> list[Run]:
+    """Serve every recorded run under ``data/vllm_runs``.
+
+    Raises:
+        SpecError: a run's files contradict each other or name an unknown GPU or model.
+    """
+    return [_run(path) for path in sorted((data / "vllm_runs").glob("*_requests.csv*"))]
+
+
+def _run(path: Path) -> Run:
+    name = path.name.split("_requests")[0]
+    meta_path = path.parent / f"{name}_meta.json"
+    meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
+    arguments = meta.get("engine_kwargs", {})
+    label = f"{name} {json.dumps(meta)}".lower().replace(" ", "").replace("-", "")
+    gpu = next((gpu for part, gpu in _CARDS.items() if part in name.lower()), None)
+    gpu = gpu or next((gpu for part, gpu in _CARDS.items() if part in label), None)
+    model = card_for(str(meta.get("model", name)))
+    if gpu is None or model is None:
+        raise SpecError(f"{path.name}: no profile or model card for this run")
+    tp = int(arguments.get("tensor_parallel_size", 1) or 1)
+    blocks = _find_number(
+        meta, "num_gpu_blocks", "kv_blocks", "gpu_blocks", "num_gpu_blocks_override"
+    )
+    config = EngineConfig(
+        max_num_seqs=int(arguments.get("max_num_seqs") or 256),
+        max_batched_tokens=int(arguments.get("max_num_batched_tokens") or 8192),
+        block_size_tokens=int(_find_number(meta, "block_size") or 16),
+        gpu_memory_frac=float(arguments.get("gpu_memory_utilization") or 0.9),
+        kv_blocks=int(blocks or 0),
+    )
+    columns = read(path)
+    need(columns, ["input_tokens", "output_tokens", "arrival_s", "first_token_s", "last_token_s"],
+         path.name)  # fmt: skip
+    cost = IterationCost(load_model(model), load_gpu(gpu), tp=tp, stack=VLLM_STACK)
+    engine = build(cost, config)
+    requests = [
+        Request(row, float(columns["arrival_s"][row]), int(columns["input_tokens"][row]),
+                int(columns["output_tokens"][row]))
+        for row in range(size(columns))
+    ]  # fmt: skip
+    served = serve_trace(engine, requests)
+    done = np.array(sorted(served))
+    steps = np.maximum(1, columns["output_tokens"] - 1)
+    measured_tpot = (columns["last_token_s"] - columns["first_token_s"]) / steps
+    measured_ttft = columns["first_token_s"] - columns["arrival_s"]
+    return Run(
+        name, gpu, model, tp, measured_ttft[done], measured_tpot[done],
+        np.array([served[row].ttft_s for row in done]),
+        np.array([served[row].tpot_s for row in done]),
+    )  # fmt: skip
+
+
+def _find_number(tree: Any, *names: str) -> float | None:
+    """The first number under one of these keys, anywhere in nested tables."""
+    if isinstance(tree, dict):
+        for name in names:
+            if isinstance(tree.get(name), int | float):
+                return float(tree[name])
+        for value in tree.values():
+            found = _find_number(value, *names)
+            if found is not None:
+                return found
+    return None

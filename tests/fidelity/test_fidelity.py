@@ -1,0 +1,194 @@
+"""Errors against measured sets, and the rules of `testbed fidelity`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from testbed.analysis.fidelity import SETS, SHIPPED, compare, evaluate
+from testbed.analysis.fidelity_figures import write_page, write_svg
+from testbed.analysis.measured import FOLDS, find, fold_of, take
+from testbed.core.errors import SpecError
+
+
+@pytest.fixture(scope="module")
+def comparisons():
+    return compare()
+
+
+@pytest.fixture(scope="module")
+def rows(comparisons):
+    return [comparison.row() for comparison in comparisons]
+
+
+def of(rows, set_name, gpu, quantity, model=None):
+    found = [
+        row for row in rows
+        if (row["set"], row["gpu"], row["quantity"]) == (set_name, gpu, quantity)
+        and model in (None, row["model"])
+    ]  # fmt: skip
+    assert len(found) == 1, (set_name, gpu, quantity, len(found))
+    return found[0]
+
+
+# Each bar is a little above what docs/fidelity.md states: a change for the worse shows here.
+BARS = [
+    ("gpu_kernels_aiconfigurator", "h100-sxm", "gemm_bf16_s", "ape_median_frac", 0.09),
+    ("gpu_kernels_aiconfigurator", "h200-sxm", "decode_attention_s", "ape_median_frac", 0.08),
+    ("gpu_kernels_aiconfigurator", "h100-sxm", "moe_bf16_s", "ape_median_frac", 0.14),
+    ("vllm_kernel_profiles", "rtx-pro-6000", "gemm_bf16_s", "ape_median_frac", 0.06),
+    ("vllm_kernel_profiles", "rtx-pro-6000", "prefill_attention_s", "ape_median_frac", 0.11),
+    ("vllm_kernel_profiles", "rtx-4090", "prefill_attention_s", "ape_median_frac", 0.11),
+    ("splitwise_perf", "a100-80gb", "prompt_s", "ape_mean_frac", 0.08),
+    ("splitwise_perf", "h100-sxm", "prompt_s", "ape_mean_frac", 0.08),
+    ("splitwise_perf", "a100-80gb", "token_s", "ape_mean_frac", 0.08),
+    ("splitwise_perf", "h100-sxm", "token_s", "ape_mean_frac", 0.08),
+    ("splitwise_perf", "a100-80gb", "power_w", "ape_mean_frac", 0.05),
+    ("vllm_runs", "rtx-pro-6000", "mean_tpot_s", "ape_mean_frac", 0.03),
+    ("vllm_runs", "rtx-pro-6000", "mean_ttft_s", "ape_mean_frac", 0.10),
+    ("vllm_runs", "rtx-pro-6000", "tpot_s", "ape_median_frac", 0.03),
+    ("vllm_runs", "rtx-pro-6000", "ttft_s", "ape_median_frac", 0.10),
+    ("llm_e2e_silicon", "all", "tpot_s", "ape_median_frac", 0.13),
+    ("llm_e2e_silicon", "all", "ttft_s", "ape_median_frac", 0.25),
+    ("ml_energy_v3", "h100-sxm", "power_w", "ape_mean_frac", 0.09),
+    ("ml_energy_v3", "b200-sxm", "power_w", "ape_mean_frac", 0.10),
+    ("ml_energy_v3", "h100-sxm", "power_w_configuration_known_at_other_batches",
+     "ape_mean_frac", 0.05),
+    ("ml_energy_v3", "b200-sxm", "power_w_emulator", "ape_mean_frac", 0.10),
+    ("ml_energy_v3", "h100-sxm", "power_w_emulator", "ape_mean_frac", 0.10),
+    ("biohpc_gpu_servers", "h100-sxm", "temperature_c", "ape_mean_frac", 2.0),
+    ("biohpc_gpu_servers", "a100-80gb", "temperature_c", "ape_mean_frac", 2.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("set_name", "gpu", "quantity", "statistic", "bar"), BARS)
+def test_error_stays_under_its_bar(rows, set_name, gpu, quantity, statistic, bar):
+    assert of(rows, set_name, gpu, quantity)[statistic] < bar
+
+
+def test_caps_cost_language_models_what_the_pairs_say_within_five_points(rows):
+    row = of(rows, "mlperf_power", "all", "throughput_under_cap_points", "language and diffusion")
+    assert row["ape_mean_frac"] < 0.05
+    assert row["ape_mean_frac"] < row["naive"]["proportional_to_cap"]["ape_mean_frac"]
+
+
+def test_a_real_queue_beats_a_kernel_table(rows):
+    row = of(rows, "llm_e2e_silicon", "all", "ttft_s")
+    assert row["ape_median_frac"] < 0.435, "par of kernel-composition tools"
+    table = row["naive"]["kernel_table_without_queue"]["ape_median_frac"]
+    assert row["ape_median_frac"] < 0.5 * table
+
+
+def test_mixed_batches_need_more_than_the_cost_of_decoding_alone(rows):
+    for row in rows:
+        if row["quantity"] == "mixed_attention_closed_form_s":
+            alone = row["naive"]["decodes_as_when_alone"]["ape_median_frac"]
+            assert row["ape_median_frac"] < 0.8 * alone, row["model"]
+
+
+def test_kernel_models_beat_the_roofline(rows):
+    for row in rows:
+        if row["set"] in ("gpu_kernels_aiconfigurator", "vllm_kernel_profiles"):
+            roofline = row["naive"].get("roofline")
+            if roofline is not None:
+                assert row["ape_median_frac"] < roofline["ape_median_frac"], row["quantity"]
+
+
+def test_the_list_is_json_with_the_promised_keys(rows):
+    keys = {"set", "gpu", "model", "quantity", "rows", "ape_median_frac", "ape_mean_frac",
+            "ape_p90_frac", "bias_frac", "naive"}  # fmt: skip
+    assert rows
+    for row in rows:
+        assert set(row) == keys
+        assert row["rows"] > 0
+        assert isinstance(row["naive"], dict)
+    json.dumps(rows, allow_nan=False)
+    assert {row["set"] for row in rows} == set(SETS)
+
+
+def test_the_same_data_give_the_same_errors(rows):
+    again = evaluate(sets=["splitwise_perf", "ml_energy_v2"])
+    assert again == [row for row in rows if row["set"] in ("splitwise_perf", "ml_energy_v2")]
+
+
+def test_any_subset_of_rows_is_accepted_and_predicted_alike(tmp_path):
+    """Predictions do not depend on which other rows are there: nothing is fitted or looked up."""
+    whole = find(SHIPPED / "gpu_kernels_aiconfigurator", "gemm")
+    picked = np.sort(np.random.default_rng(0).choice(len(whole["m"]), 40, replace=False))
+    part = take(whole, picked)
+    folder = tmp_path / "gpu_kernels_aiconfigurator"
+    folder.mkdir()
+    table = pa.table({name: pa.array(values.tolist()) for name, values in part.items()})
+    parquet.write_table(table, folder / "gemm.parquet")
+    everything = {
+        (one.gpu, one.quantity): one for one in compare(sets=["gpu_kernels_aiconfigurator"])
+    }
+    for one in compare(tmp_path):
+        full = everything[(one.gpu, one.quantity)]
+        known = {round(float(m), 12): p for m, p in zip(full.measured, full.predicted, strict=True)}
+        for measured, predicted in zip(one.measured, one.predicted, strict=True):
+            assert known[round(float(measured), 12)] == pytest.approx(float(predicted))
+
+
+def test_a_configuration_is_in_one_fold_whoever_is_with_it():
+    alone = fold_of(["a|1"])[0]
+    among = fold_of(["x", "a|1", "y", "a|1"])
+    assert among[1] == among[3] == alone
+    assert set(fold_of([str(n) for n in range(200)])) == set(range(FOLDS))
+
+
+def test_a_missing_folder_an_empty_one_and_an_unknown_set_are_one_line_errors(tmp_path):
+    for data, sets in ((tmp_path / "none", ()), (tmp_path, ()), (None, ("rumours",))):
+        with pytest.raises(SpecError) as caught:
+            compare(data, sets)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_a_needed_column_is_named(tmp_path):
+    folder = tmp_path / "mlperf_power"
+    folder.mkdir()
+    (folder / "power_cap_vs_full_power.csv").write_text("gpu,benchmark\nH200-SXM,x\n")
+    with pytest.raises(SpecError, match="rel_cap"):
+        compare(tmp_path)
+
+
+def test_a_recorded_run_of_another_gpu_is_served_with_its_blocks(tmp_path):
+    source = SHIPPED / "vllm_runs"
+    folder = tmp_path / "vllm_runs"
+    folder.mkdir()
+    stem = "rtxpro6000_llama31_8b"
+    (folder / "rtx4090_llama31_8b_requests.csv.gz").write_bytes(
+        (source / f"{stem}_requests.csv.gz").read_bytes()
+    )
+    meta = json.loads((source / f"{stem}_meta.json").read_text())
+    meta["num_gpu_blocks"] = 2500
+    (folder / "rtx4090_llama31_8b_meta.json").write_text(json.dumps(meta))
+    tight = {one.quantity: one for one in compare(tmp_path)}
+    meta["num_gpu_blocks"] = 20000
+    (folder / "rtx4090_llama31_8b_meta.json").write_text(json.dumps(meta))
+    roomy = {one.quantity: one for one in compare(tmp_path)}
+    assert tight["mean_ttft_s"].gpu == "rtx-4090"
+    assert tight["mean_ttft_s"].predicted[0] > 1.2 * roomy["mean_ttft_s"].predicted[0]
+
+
+def test_shipped_data_are_small_and_say_where_they_are_from():
+    size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
+    assert size < 2e6
+    text = (SHIPPED / "README.md").read_text()
+    for folder in SHIPPED.iterdir():
+        if folder.is_dir():
+            assert f"`{folder.name}`" in text
+
+
+def test_figures_stand_alone(comparisons, tmp_path: Path):
+    write_page(comparisons, tmp_path / "fidelity.html")
+    page = (tmp_path / "fidelity.html").read_text()
+    assert 'src="http' not in page
+    assert "predicted" in page
+    write_svg(comparisons, tmp_path / "fidelity.svg")
+    assert (tmp_path / "fidelity.svg").stat().st_size < 200_000
