@@ -151,8 +151,6 @@ class RecordSpec(_Table, frozen=True):
     """Least time between two recorded samples of a GPU; 0 keeps every report."""
     views: bool = True
     """Keep the views that policies saw: needed by ``testbed replay``."""
-    segments: bool = False
-    """Keep every collapsed run of iterations of every instance."""
 
 
 class RunSpec(_Table, frozen=True):
