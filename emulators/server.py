@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -103,29 +104,38 @@ class NodeServing:
 
     def drain_gaps(self) -> list[tuple[int, int, int]]:
         """Inter-token gaps since the last call: (instance, histogram bin, count)."""
-        return [
-            (index, place, count)
-            for index, engine in enumerate(self.engines)
-            for place, count in sorted(engine.itl.drain().items())
-        ]
+        return gaps_of(self.engines)
 
     def read(self, t_s: float) -> InstanceReadings:
         """Queue, batch and KV use of each engine."""
-        engines = self.engines
-        return InstanceReadings(
-            num_running=[engine.num_running for engine in engines],
-            num_waiting=[engine.num_waiting for engine in engines],
-            kv_used_frac=[engine.kv_used_blocks(t_s) / engine.kv_blocks for engine in engines],
-            prompt_tokens_total=[engine.prompt_tokens_total for engine in engines],
-            output_tokens_total=[engine.output_tokens_total(t_s) for engine in engines],
-            preemptions_total=[engine.preemptions_total for engine in engines],
-        )
+        return readings_of(self.engines, t_s)
 
     def close(self) -> None:
         """Unload the models."""
         for members in self.gpu_lists:
             for gpu in members:
                 self._bank.unload(gpu)
+
+
+def readings_of(engines: Sequence[Engine], t_s: float) -> InstanceReadings:
+    """Queue, batch and KV use of engines, in columns."""
+    return InstanceReadings(
+        num_running=[engine.num_running for engine in engines],
+        num_waiting=[engine.num_waiting for engine in engines],
+        kv_used_frac=[engine.kv_used_blocks(t_s) / engine.kv_blocks for engine in engines],
+        prompt_tokens_total=[engine.prompt_tokens_total for engine in engines],
+        output_tokens_total=[engine.output_tokens_total(t_s) for engine in engines],
+        preemptions_total=[engine.preemptions_total for engine in engines],
+    )
+
+
+def gaps_of(engines: Sequence[Engine]) -> list[tuple[int, int, int]]:
+    """Inter-token gaps of engines since the last call: (instance, histogram bin, count)."""
+    return [
+        (index, place, count)
+        for index, engine in enumerate(engines)
+        for place, count in sorted(engine.itl.drain().items())
+    ]
 
 
 def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> Engine:

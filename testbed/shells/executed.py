@@ -19,6 +19,7 @@ from daemons.executors import torch_worker
 from emulators.engine import Engine, Event
 from emulators.models import ModelCard, load_model
 from emulators.profiles import load_gpu
+from emulators.server import gaps_of, readings_of
 from emulators.timing import IterationCost
 from testbed.core.errors import DeviceError, SpecError
 from testbed.core.messages import InstanceConfig, InstanceReadings, Request
@@ -183,23 +184,11 @@ class ExecutedServing:
 
     def drain_gaps(self) -> list[tuple[int, int, int]]:
         """Inter-token gaps since the last call: (instance, histogram bin, count)."""
-        return [
-            (index, place, count)
-            for index, worker in enumerate(self._workers)
-            for place, count in sorted(worker.engine.itl.drain().items())
-        ]
+        return gaps_of([worker.engine for worker in self._workers])
 
     def read(self, t_s: float) -> InstanceReadings:
         """Queue, batch and KV use of each instance."""
-        engines = [worker.engine for worker in self._workers]
-        return InstanceReadings(
-            num_running=[engine.num_running for engine in engines],
-            num_waiting=[engine.num_waiting for engine in engines],
-            kv_used_frac=[engine.kv_used_blocks(t_s) / engine.kv_blocks for engine in engines],
-            prompt_tokens_total=[engine.prompt_tokens_total for engine in engines],
-            output_tokens_total=[engine.output_tokens_total(t_s) for engine in engines],
-            preemptions_total=[engine.preemptions_total for engine in engines],
-        )
+        return readings_of([worker.engine for worker in self._workers], t_s)
 
     def close(self) -> None:
         """End the workers."""
