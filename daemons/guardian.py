@@ -2,7 +2,7 @@
 
 Told on stdin, a line each, what there is to clean: ``cgroup PARENT`` (kill what is in its groups
 and remove them) and ``swap DEVICE`` (switch off and remove a zram device). When its stdin ends, by
-whatever death of the daemon, it cleans, last told first, and leaves. ``done`` makes it leave
+whatever death of the daemon, it cleans, groups before swap, and leaves. ``done`` makes it leave
 without cleaning: the daemon has cleaned up itself.
 """
 
@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from daemons.devices.cgroup import ROOT, Group
@@ -49,13 +50,25 @@ def main() -> None:
         if line.strip() == "done":
             return
         told.append(line.strip())
-    for line in reversed(told):
+    for line in told:
         kind, _, what = line.partition(" ")
         if kind == "cgroup":
             clean_cgroups(what)
-        elif kind == "swap":
-            with contextlib.suppress(DeviceError):
-                remove_zram(what)
+    # Swap only then: what a tenant under a limit has in it could not come back to memory.
+    for line in told:
+        kind, _, what = line.partition(" ")
+        if kind == "swap":
+            _remove_swap(what)
+
+
+def _remove_swap(device: str) -> None:
+    """Remove a swap device, patiently: processes just killed may still be letting go of it."""
+    for _ in range(50):
+        try:
+            remove_zram(device)
+            return
+        except DeviceError:
+            time.sleep(0.1)
 
 
 def start() -> subprocess.Popen[str]:

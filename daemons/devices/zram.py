@@ -65,7 +65,11 @@ def remove_zram(device: str) -> None:
         DeviceError: it is in use and what is in it does not fit into memory.
     """
     number = device.removeprefix("/dev/zram")
-    subprocess.run(["swapoff", device], check=False, capture_output=True)
+    if device in SWAPS.read_text(encoding="ascii").split():
+        done = subprocess.run(["swapoff", device], check=False, capture_output=True)
+        if done.returncode:
+            why = done.stderr.decode(errors="replace").strip()
+            raise DeviceError(f"zram swap {device}: cannot be switched off: {why}")
     try:
         (Path("/sys/block") / f"zram{number}" / "reset").write_text("1", encoding="ascii")
         (CONTROL / "hot_remove").write_text(number, encoding="ascii")
