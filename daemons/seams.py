@@ -85,6 +85,9 @@ class ServingEvent(Protocol):
 class Serving(Protocol):
     """The instances on a node: told the time, asked when something happens next."""
 
+    preprocess_slowdown: float
+    """How many times longer an image takes to prepare than on a host with nothing else to do."""
+
     def configure(self, instances: list[InstanceConfig], t_s: float) -> None:
         """Load these models.
 

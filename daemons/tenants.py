@@ -4,10 +4,14 @@ A tenant was sold ``memory_bytes``, of which ``guaranteed_bytes`` are its own wh
 the rest is oversubscribed. Its working set follows a trace. `TenantHost` answers the node daemon's
 `TenantDevice`: readings per tenant, and limits that never go below the guaranteed part.
 
-Safety, as production outages taught it: no oversubscription where nothing can absorb it (no swap);
-writes of limits, which block while the kernel reclaims, happen in a thread; a tenant that thrashes
-is frozen first and decided about then (its limit is given back before it is thawed); a group that
-waits at its limit for memory is freed; and a guardian process cleans up if this one is killed.
+The guaranteed part is locked in memory by its process and protected by its group (``memory.min``,
+where cgroups are v2), so that neither its own limit nor another tenant takes it.
+
+Safety, as production outages taught it: no oversubscription where nothing can absorb it (no swap,
+looked at again every second: if it vanishes, what was taken is given back); writes of limits, which
+block while the kernel reclaims, happen in a thread; a tenant that thrashes is frozen first and
+decided about then (its limit is given back before it is thawed); a group that waits at its limit
+for memory is freed; and a guardian process cleans up if this one is killed.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ _THRASHING_FRAC = 0.9
 """Share of its touching time that a tenant may lose before it is frozen."""
 _THRASHING_SAMPLES = 10
 _PRESSURE_WINDOW_S = 3.0
+_SWAP_CHECK_S = 1.0
 _SLACK_BYTES = 12 << 20
 """What the tenant's interpreter itself takes beside its memory."""
 
@@ -112,6 +117,8 @@ class _Tenant:
         self.thrashed = 0
         self.frozen = False
         self.pressure_frac = 0.0
+        self.locked_bytes = -1
+        """Of the guaranteed part; -1 until the process has said so."""
         self._last = (0.0, 0.0)
         self._waited = (0.0, 0.0)
         place.write_bytes(b"\0" * STATS.size)
@@ -119,7 +126,7 @@ class _Tenant:
         self._stats = mmap.mmap(self._file.fileno(), STATS.size)
         self.process = subprocess.Popen(
             [sys.executable, "-S", str(Path(__file__).with_name("tenant_child.py")),
-             str(plan.memory_bytes), str(place)],
+             str(plan.memory_bytes), str(plan.guaranteed_bytes), str(place)],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
@@ -137,7 +144,9 @@ class _Tenant:
 
     def measure(self) -> None:
         """Read what the process measured since last time."""
-        touches, spent_s, baseline_s, _ = STATS.unpack(self._stats[: STATS.size])
+        touches, spent_s, baseline_s, _, locked = STATS.unpack(self._stats[: STATS.size])
+        if touches:
+            self.locked_bytes = int(locked)
         new, took_s = touches - self._last[0], spent_s - self._last[1]
         if new > 0 and took_s > 0:
             self._last = (touches, spent_s)
@@ -198,6 +207,8 @@ class TenantHost:
         self._pending: dict[int, Future[None]] = {}
         self._wanted: dict[int, int] = {}
         self._tenants: list[_Tenant] = []
+        self._absorbed = True
+        self._swap_checked_s = -math.inf
         self.frozen_total = 0
         self._closed = False
         self._cgroups = cgroup.open_cgroups(root, parent=name)
@@ -215,6 +226,8 @@ class TenantHost:
                 )
             for index in range(plan.count):
                 group = self._cgroups.create(f"tenant{index}")
+                with contextlib.suppress(DeviceError):  # the lock alone holds it then
+                    group.protect(plan.guaranteed_bytes)
                 tenant = _Tenant(group, plan, state_dir / f"tenant{index}.stats")
                 self._tenants.append(tenant)
                 self.set_limit(index, plan.memory_bytes)
@@ -234,6 +247,8 @@ class TenantHost:
     def set_limit(self, tenant: int, memory_limit_bytes: int) -> None:
         """Set a limit in a thread; while one is being set, only the newest wish is kept."""
         limit = min(max(memory_limit_bytes, self.plan.guaranteed_bytes), self.plan.memory_bytes)
+        if not self._absorbed:
+            limit = self.plan.memory_bytes
         self._wanted[tenant] = limit
         self._start(tenant)
 
@@ -249,11 +264,15 @@ class TenantHost:
 
     def read(self, now_s: float) -> TenantReadings:
         """Move the working sets on, look after the tenants and read all groups."""
+        self._check_swap(now_s)
         readings = []
         for index, tenant in enumerate(self._tenants):
             self._collect(index)
             tenant.need(self.plan.working_set_bytes(index, now_s))
+            before = tenant.locked_bytes
             tenant.measure()
+            if before < tenant.locked_bytes < self.plan.guaranteed_bytes // 4096 * 4096:
+                self._log(f"tenant{index}: its guaranteed part could not be locked in memory")
             reading = tenant.group.read()
             tenant.feel(now_s, reading.pressure_some_s)
             self._look_after(index, tenant)
@@ -273,6 +292,22 @@ class TenantHost:
             slowdown_frac=[tenant.slowdown_frac for tenant in self._tenants],
             frozen=[tenant.frozen for tenant in self._tenants],
         )
+
+    def _check_swap(self, now_s: float) -> None:
+        """Stop oversubscribing when there is no longer anything to swap to; go on when there is."""
+        if 0 <= now_s - self._swap_checked_s < _SWAP_CHECK_S:
+            return
+        self._swap_checked_s = now_s
+        absorbed = swap_bytes()[0] > 0
+        if absorbed == self._absorbed:
+            return
+        self._absorbed = absorbed
+        if absorbed:
+            self._log("swap is back: limits are obeyed again")
+            return
+        self._log("swap is gone: tenants get all their memory back, and keep it")
+        for index in range(len(self._tenants)):
+            self.set_limit(index, self.plan.memory_bytes)
 
     def _collect(self, index: int) -> None:
         """Take note of a limit that could not be set, and start the next wish."""

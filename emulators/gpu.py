@@ -138,6 +138,9 @@ class GpuBank:
         """
         profile, control = self.profile, self.state.control
         self.power_w = power_w(profile, self.clock_frac, busy_frac, tensor_frac, hbm_frac)
+        lost = self.state.measured["lost"] != 0
+        if lost.any():
+            self.power_w = np.where(lost, 0.0, self.power_w)  # nobody can know, or limit it
         self.energy_j += self.power_w * dt_s
         self._time_s += dt_s
         temp_c = self.thermal.advance(dt_s, self.power_w, self.inlet_c)
@@ -238,6 +241,11 @@ class GpuBank:
                 measured["thermal_violation_ns"] += np.where(
                     reasons & (SW_THERMAL | HW_THERMAL), spent_ns, 0
                 ).astype(np.uint64)
+
+    def lose(self, gpu: int) -> None:
+        """A GPU falls off the bus: from now on every call on it returns an error."""
+        with self.state.writing():
+            self.state.measured["lost"][gpu] = 1
 
     def load(self, gpu: int, *, pid: int, used_bytes: int) -> None:
         """A process takes memory on a GPU.

@@ -3,7 +3,8 @@
 The model answers the same questions as real tenants in control groups (`daemons.tenants`): a tenant
 touches its working set, low pages more often than high ones (a page at share ``u^2``, ``u``
 uniform); what does not fit under its limit is in compressed swap; a touch of a swapped page costs a
-fault. So with a share ``r`` of the working set in memory, a share ``1 - sqrt(r)`` of touches fault,
+fault. The guaranteed part, the lowest pages, is locked: filled at the start, it never leaves
+memory. With a share ``r`` of the working set in memory, a share ``1 - sqrt(r)`` of touches fault,
 and the time of a touch grows from ``hot`` to ``hot + miss * fault``.
 
 Constants were measured on a 2-core machine with lz4 zram (a hot touch 0.4 us, one from zram 8.2
@@ -94,15 +95,17 @@ class ModelledTenants:
 
     def _advance(self, tenant: int, dt_s: float) -> None:
         working = self._plan.working_set_bytes(tenant, self._t_s)
-        before = self._working[tenant]
+        own = self._plan.guaranteed_bytes
+        before = max(self._working[tenant], own if self._resident[tenant] else 0)
         self._working[tenant] = working
-        resident = min(self._resident[tenant], float(working))
-        if working > before:
-            resident += working - before  # new pages are born in memory
-        target = float(min(working, self._limit[tenant]))
+        held = max(working, own)
+        resident = min(self._resident[tenant], float(held))
+        if held > before:
+            resident += held - before  # new pages are born in memory
+        target = float(min(held, self._limit[tenant]))
         if resident > target:
             resident = max(target, resident - RECLAIM_BYTES_PER_S * dt_s)
-        share = resident / working if working else 1.0
+        share = min(1.0, resident / working) if working else 1.0
         miss = 1.0 - math.sqrt(share)
         touch_s = HOT_TOUCH_S + miss * FAULT_S
         # The process is paced: it loses speed only when a period's touches outlast the period.

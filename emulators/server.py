@@ -6,7 +6,7 @@ and heat are what the engines run at until the next.
 
 Each node gets a `NodeServing` (its engines) and a `NodeGpus` (its GPUs as columns), which answer
 the node daemon's seams. `NodeGpus` gives the same values as asking for each GPU through NVML's
-names (tests/conformance), without a call per GPU: it serves virtual fleets.
+names (tests/daemons), without a call per GPU: it serves virtual fleets.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class NodeServing:
         """Indices into the bank of each engine's GPUs."""
         self.wakes_s: list[float] = []
         """When each engine's state changes next."""
+        self.dead: set[int] = set()
+        """Engines that ended because a GPU of theirs is lost."""
         self.preprocess_slowdown = 1.0
 
     def configure(self, instances: list[InstanceConfig], t_s: float) -> None:
@@ -68,16 +70,27 @@ class NodeServing:
             members = [self._first_gpu + gpu for gpu in instance.gpus]
             self.gpu_lists.append(members)
             total = self._bank.profile.memory_bytes
-            used = int(total * instance.engine.gpu_memory_frac)
+            ballast = int(instance.engine.ballast_mib * 2**20)
+            used = int((total - ballast) * instance.engine.gpu_memory_frac) + ballast
             for gpu in members:
                 self._bank.load(gpu, pid=os.getpid(), used_bytes=used)
 
     def submit(self, instance: int, request: Request, t_s: float) -> None:
-        """Give a request to an instance."""
+        """Give a request to an instance; one that has ended takes nothing in."""
+        if instance in self.dead:
+            return
         engine = self.engines[instance]
         engine.preprocess_slowdown = self.preprocess_slowdown
         engine.submit(request, max(t_s, engine.now_s))
         self.wakes_s[instance] = engine.next_event_s
+
+    def end_on(self, lost: set[int], t_s: float) -> None:
+        """Engines on these GPUs of the bank crash, as a server does whose GPU is lost."""
+        for index, members in enumerate(self.gpu_lists):
+            if index not in self.dead and not lost.isdisjoint(members):
+                self.dead.add(index)
+                self.engines[index].evict(t_s)
+                self.wakes_s[index] = math.inf
 
     def advance_to(self, t_s: float) -> None:
         """Let happen what is due by ``t_s``."""
@@ -146,11 +159,16 @@ def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> E
     """
     config = instance.engine
     cost = IterationCost(model, bank.profile, tp=instance.tp)
-    blocks = config.kv_blocks or cost.kv_blocks(config.gpu_memory_frac, config.block_size_tokens)
+    blocks = config.kv_blocks or cost.kv_blocks(
+        config.gpu_memory_frac,
+        config.block_size_tokens,
+        ballast_bytes=config.ballast_mib * 2**20,
+    )
     if blocks < 1:
         raise ValueError(
             f"{model.name} leaves no memory for KV blocks on {instance.tp} x {bank.profile.name} "
             f"at gpu_memory_frac = {config.gpu_memory_frac}"
+            + (f" beside a ballast of {config.ballast_mib:g} MiB" if config.ballast_mib else "")
         )
     return Engine(
         cost,
@@ -189,7 +207,7 @@ class NodeGpus:
     def read(self) -> GpuReadings:
         """All readings now, rounded as NVML rounds them."""
         measured, control = self._state.measured, self._state.control
-        return GpuReadings(
+        readings = GpuReadings(
             power_instant_w=(measured["power_instant_mw"] / 1000).tolist(),
             power_avg_w=(measured["power_average_mw"] / 1000).tolist(),
             power_limit_w=(control["power_limit_mw"] / 1000).tolist(),
@@ -199,10 +217,18 @@ class NodeGpus:
             temp_c=measured["temp_c"].astype(float).tolist(),
             mem_temp_c=measured["mem_temp_c"].astype(float).tolist(),
             gpu_busy_frac=(measured["gpu_util_pct"] / 100).tolist(),
-            fb_used_bytes=measured["memory_used_bytes"].tolist(),
+            # As NVML counts: what the driver keeps for itself is in use too.
+            fb_used_bytes=(
+                measured["memory_used_bytes"] + measured["memory_reserved_bytes"]
+            ).tolist(),
             throttle=measured["throttle"].tolist(),
             lost=(measured["lost"] != 0).tolist(),
         )
+        for index in [place for place, lost in enumerate(readings.lost) if lost]:
+            for name in readings.__struct_fields__:
+                if name not in ("energy_j", "lost"):
+                    getattr(readings, name)[index] = 0
+        return readings
 
     def power_limits_w(self) -> list[float]:
         """The limits asked for last."""
@@ -235,9 +261,12 @@ class ServerBank:
     Args:
         bank: all the GPUs, ``gpus_per_node`` for each node in order.
         num_nodes: how many nodes share it.
+        faults: when which GPU of the bank is lost, seconds.
     """
 
-    def __init__(self, bank: GpuBank, num_nodes: int) -> None:
+    def __init__(
+        self, bank: GpuBank, num_nodes: int, *, faults: Sequence[tuple[float, int]] = ()
+    ) -> None:
         if bank.count % num_nodes:
             raise ValueError(f"{bank.count} GPUs do not divide into {num_nodes} nodes")
         self.bank = bank
@@ -248,6 +277,18 @@ class ServerBank:
         self._flops = np.zeros(bank.count)
         self._bytes = np.zeros(bank.count)
         self._t_s = 0.0
+        self._faults = sorted(faults)
+        self._lost: set[int] = set()
+
+    def _break(self, t_s: float) -> None:
+        """Lose GPUs whose time has come, and end what ran on lost ones, whoever lost them."""
+        while self._faults and self._faults[0][0] <= t_s:
+            self.bank.lose(self._faults.pop(0)[1])
+        lost = self.bank.state.measured["lost"]
+        if np.count_nonzero(lost) > len(self._lost):
+            self._lost = set(np.flatnonzero(lost).tolist())
+            for serving in self.serving:
+                serving.end_on(self._lost, t_s)
 
     def tick(self, t_s: float) -> None:
         """Advance engines and GPUs to ``t_s`` and let each set the other's pace."""
@@ -255,6 +296,7 @@ class ServerBank:
         if dt_s <= 0:
             return
         self._t_s = t_s
+        self._break(t_s)
         bank = self.bank
         # Lists while single values are set: an array would pay for each.
         spent, work, traffic = ([0.0] * bank.count for _ in range(3))

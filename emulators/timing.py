@@ -459,13 +459,21 @@ class IterationCost:
         """CPU seconds to decode and resize images of 896 x 896 on one core; 0 for a text model."""
         return self.gpu.preprocess_s * images if self.model.vision else 0.0
 
-    def kv_blocks(self, gpu_memory_frac: float = 0.9, block_size_tokens: int = 16) -> int:
+    def kv_blocks(
+        self,
+        gpu_memory_frac: float = 0.9,
+        block_size_tokens: int = 16,
+        *,
+        ballast_bytes: float = 0.0,
+    ) -> int:
         """KV blocks that fit beside the weights, over all GPUs; below 1 if they do not.
 
         As vLLM counts: the given share of each GPU's memory, less weights and the activations and
-        runtime of a profiling run (``gpu.runtime_bytes``).
+        runtime of a profiling run (``gpu.runtime_bytes``). What something else holds of each GPU
+        (``ballast_bytes``) is not there to be shared.
         """
-        gpu_bytes = self.gpu.memory_bytes * gpu_memory_frac - self.gpu.runtime_bytes
+        gpu_bytes = (self.gpu.memory_bytes - ballast_bytes) * gpu_memory_frac
+        gpu_bytes -= self.gpu.runtime_bytes
         replicas = max(self.sp, self.kvp)
         left = (gpu_bytes * self.tp * self.pp - self.model.weight_bytes) * replicas
         per_token = self.model.num_attention_layers * self._plan.kv_bytes * self.tp

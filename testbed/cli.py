@@ -245,6 +245,7 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 @click.option("--place", default=0, show_default=True, help="Index of this node in the run.")
 @click.option("--inlet-c", default=24.0, show_default=True)
 @click.option("--temp-spread-c", default=2.0, show_default=True)
+@click.option("--lose", multiple=True, metavar="GPU@SECONDS", help="Lose an emulated GPU then.")
 @click.option("--delay-s", default=0.005, show_default=True, help="Agreed delay of the wire.")
 @click.option("--tenants", default="", metavar="JSON", help="The run file's tenants table.")
 @click.option("--curve-secret", type=click.Path(path_type=Path),
@@ -254,10 +255,10 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 @click.option("--orphan-exit-s", default=float("inf"), show_default=True,
               help="Leave when the coordinator is silent for this long.")  # fmt: skip
 @click.option("--allow-hardware-writes", is_flag=True, help="Really set limits on real GPUs.")
-def node(**options: Any) -> None:
+def node(lose: tuple[str, ...], **options: Any) -> None:
     """Be the daemon of one node."""
     rig.node(
-        rig.NodeOptions(**options),
+        rig.NodeOptions(**options, faults=[rig.parse_fault(text) for text in lose]),
         log=lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True),
     )
 
@@ -291,8 +292,9 @@ def doctor(as_json: bool) -> None:
 @click.option("--gpus", default="8xH100", show_default=True, metavar="COUNTxMODEL")
 @click.option("--load", default="idle", show_default=True,
               help="idle, decode, prefill, constant:SHARE or sine:PERIOD_S.")  # fmt: skip
+@click.option("--lose", multiple=True, metavar="GPU@SECONDS", help="That GPU falls off the bus.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def emulate(gpus: str, load: str, command: tuple[str, ...]) -> None:
+def emulate(gpus: str, load: str, lose: tuple[str, ...], command: tuple[str, ...]) -> None:
     """Run any NVML program against emulated GPUs: testbed emulate --gpus 8xH100 -- nvitop."""
     count, name = rig.parse_gpus(gpus)
     raise SystemExit(
@@ -302,6 +304,7 @@ def emulate(gpus: str, load: str, command: tuple[str, ...]) -> None:
             emulation.parse_load(load),
             list(command),
             lambda text: click.echo(f"warning: {text}", err=True),
+            faults=[rig.parse_fault(text) for text in lose],
         )
     )
 

@@ -28,7 +28,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,11 +105,23 @@ def _decode(clock_frac: Floats) -> Activity:
 class EmulatedNode:
     """A bank of GPUs in a state file, advanced in real time by a thread."""
 
-    def __init__(self, path: Path, count: int, gpu: str, load: Load) -> None:
+    def __init__(
+        self,
+        path: Path,
+        count: int,
+        gpu: str,
+        load: Load,
+        *,
+        faults: Sequence[tuple[float, int]] = (),
+    ) -> None:
         self.profile = load_gpu(gpu)
         self.state = GpuState.create(count, path=path)
         self.bank = GpuBank(self.profile, self.state)
         self._load = load
+        self._faults = sorted(faults)
+        for at_s, index in self._faults:
+            if index >= count:
+                raise SpecError(f"lost GPU {index}@{at_s:g}: there are {count}")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._advance, daemon=True)
 
@@ -132,6 +144,8 @@ class EmulatedNode:
         begun = last = time.monotonic()
         while not self._ended.wait(TICK_S):
             now = time.monotonic()
+            while self._faults and self._faults[0][0] <= now - begun:
+                self.bank.lose(self._faults.pop(0)[1])
             activity = self._load(now - begun, self.bank.clock_frac, self.profile)
             self.bank.advance(now - last, *activity)
             last = now
@@ -153,7 +167,13 @@ def client_environment(state_path: Path) -> dict[str, str]:
 
 
 def emulate(
-    count: int, gpu: str, load: Load, command: list[str], warn: Callable[[str], None]
+    count: int,
+    gpu: str,
+    load: Load,
+    command: list[str],
+    warn: Callable[[str], None],
+    *,
+    faults: Sequence[tuple[float, int]] = (),
 ) -> int:
     """Run a command against emulated GPUs; returns its exit status.
 
@@ -168,7 +188,7 @@ def emulate(
     with tempfile.TemporaryDirectory(prefix="testbed-") as folder:
         path = Path(folder) / "gpus.state"
         os.chmod(folder, 0o755)  # other users may look, as at a real driver
-        with EmulatedNode(path, count, gpu, load) as node:
+        with EmulatedNode(path, count, gpu, load, faults=faults) as node:
             try:
                 process = subprocess.Popen(command, env=client_environment(path))
             except OSError as error:

@@ -30,13 +30,22 @@ from testbed.core.transport.zmq import Curve
 from testbed.policies.load import load_controller, load_router
 from testbed.recorder.writer import Recorder, new_run_folder, write_summary
 from testbed.shells.live import run_live
-from testbed.shells.node import NodeOptions, curve_of, node, parse_gpus
+from testbed.shells.node import NodeOptions, curve_of, node, parse_fault, parse_gpus
 from testbed.shells.plant import emulated_bank
 from testbed.shells.schedule import Parts, Progress, Status
 from testbed.shells.virtual import run_virtual
 from testbed.workloads import open_workload
 
-__all__ = ["NodeOptions", "Progress", "Status", "curve_of", "node", "parse_gpus", "run"]
+__all__ = [
+    "NodeOptions",
+    "Progress",
+    "Status",
+    "curve_of",
+    "node",
+    "parse_fault",
+    "parse_gpus",
+    "run",
+]
 
 
 _LATE_LIMIT_S = 0.05

@@ -174,6 +174,12 @@ class Group:
         """Hold the group at ``limit_bytes``; may block while the kernel reclaims."""
         raise DeviceError(f"cgroup {self.name}: has no memory controller")
 
+    def protect(self, protected_bytes: int) -> None:
+        """Keep that much of the group in memory while others are reclaimed, where the kernel can.
+
+        v1 cannot: there, what must stay has to be locked by the process itself.
+        """
+
     def reclaim(self, amount_bytes: int) -> None:
         """Push ``amount_bytes`` of the group out of memory now; may block."""
         raise DeviceError(f"cgroup {self.name}: has no memory controller")
@@ -218,6 +224,14 @@ class V2Group(Group):
     def set_memory_limit(self, limit_bytes: int) -> None:
         """``echo BYTES > memory.high``: throttles and reclaims, never kills."""
         _write(self.folders[0] / "memory.high", "max" if limit_bytes >= _UNLIMITED else limit_bytes)
+
+    def protect(self, protected_bytes: int) -> None:
+        """``echo BYTES > memory.min``, in the parent too: protection only flows from above."""
+        parent = self.folders[0].parent / "memory.min"
+        mine = self.folders[0] / "memory.min"
+        if parent.exists():
+            _write(parent, _number(parent) + protected_bytes - _number(mine))
+        _write(mine, protected_bytes)
 
     def reclaim(self, amount_bytes: int) -> None:
         """``echo BYTES > memory.reclaim``, or a limit below the present use for a moment."""

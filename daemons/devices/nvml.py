@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from msgspec import structs
+
 from testbed.core.errors import DeviceError
 from testbed.core.messages import GpuInfo, GpuReadings
 
@@ -39,8 +41,7 @@ class NvmlGpus:
         count = self._call("count GPUs", nvml.nvmlDeviceGetCount)
         handles: dict[str, Any] = {}
         for index in range(count):
-            handle = self._call(f"open GPU {index}", nvml.nvmlDeviceGetHandleByIndex, index)
-            uuid = _text(self._call(f"name GPU {index}", nvml.nvmlDeviceGetUUID, handle))
+            uuid, handle = self._open(index)
             handles[uuid] = handle
         if not handles:
             raise DeviceError("NVML shows no GPU on this node")
@@ -49,9 +50,8 @@ class NvmlGpus:
             raise DeviceError(f"no GPU {missing[0]} here; there are {', '.join(handles)}")
         self.uuids = list(uuids or handles)
         self._handles = [handles[uuid] for uuid in self.uuids]
-        self._lost = [False] * len(self.uuids)
-        self._has_instant = [True] * len(self.uuids)
-        self._infos = [self._info(index) for index in range(len(self.uuids))]
+        self._lost = [handle is None for handle in self._handles]
+        self._infos = self._read_infos()
         self._last_energy_j = [0.0] * len(self.uuids)
 
     def _call(self, what: str, function: Callable[..., _T], *arguments: Any) -> _T:
@@ -61,6 +61,36 @@ class NvmlGpus:
             code = getattr(error, "value", None)
             lost = code in (self._nvml.NVML_ERROR_GPU_IS_LOST, self._nvml.NVML_ERROR_NOT_FOUND)
             raise DeviceError(f"cannot {what}: {error}", lost=lost) from None
+
+    def _open(self, index: int) -> tuple[str, Any]:
+        """UUID and handle of a GPU; no handle if it is lost."""
+        nvml = self._nvml
+        try:
+            handle = self._call(f"open GPU {index}", nvml.nvmlDeviceGetHandleByIndex, index)
+            return _text(self._call(f"name GPU {index}", nvml.nvmlDeviceGetUUID, handle)), handle
+        except DeviceError as error:
+            if not error.lost:
+                raise
+            return f"lost-GPU-{index}", None
+
+    def _read_infos(self) -> list[GpuInfo]:
+        """What does not change, per GPU; a lost one is taken to be like the first that answers."""
+        infos: dict[int, GpuInfo] = {}
+        for index in range(len(self.uuids)):
+            if not self._lost[index]:
+                try:
+                    infos[index] = self._info(index)
+                except DeviceError as error:
+                    if not error.lost:
+                        raise
+                    self._lost[index] = True
+        if not infos:
+            raise DeviceError("all GPUs of this node are lost")
+        like = next(iter(infos.values()))
+        return [
+            infos.get(index) or structs.replace(like, uuid=uuid)
+            for index, uuid in enumerate(self.uuids)
+        ]
 
     def _info(self, index: int) -> GpuInfo:
         nvml, handle = self._nvml, self._handles[index]
@@ -145,15 +175,18 @@ class NvmlGpus:
 
     def power_limits_w(self) -> list[float]:
         """Limits as asked for last, by anybody. ``nvidia-smi --query-gpu=power.limit``."""
-        return [
-            0.0
-            if lost
-            else self._call(
-                "read a power limit", self._nvml.nvmlDeviceGetPowerManagementLimit, handle
-            )
-            / 1000
-            for handle, lost in zip(self._handles, self._lost, strict=True)
-        ]
+        return [self._power_limit_w(index) for index in range(len(self.uuids))]
+
+    def _power_limit_w(self, index: int) -> float:
+        if not self._lost[index]:
+            read = self._nvml.nvmlDeviceGetPowerManagementLimit
+            try:
+                return float(self._call("read a power limit", read, self._handles[index])) / 1000
+            except DeviceError as error:
+                if not error.lost:
+                    raise
+                self._lost[index] = True
+        return 0.0
 
     def set_power_limit(self, index: int, power_limit_w: float) -> None:
         """Ask for a limit. Command line: ``nvidia-smi -i INDEX -pl WATTS``."""

@@ -117,14 +117,35 @@ class Stages:
             x = x + functional.gelu(x @ self.vision_up) @ self.vision_down
 
 
+def hold_ballast(device: str, ballast_mib: float) -> Any:
+    """Take that much of the device's memory and keep it: what is returned must be held.
+
+    Written once, so that it is really there: an untouched page of host memory takes no room.
+
+    Raises:
+        SystemExit: there is not so much.
+    """
+    import torch
+
+    try:
+        return torch.ones(int(ballast_mib * 2**20), dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        free = f", {torch.cuda.mem_get_info()[0] >> 20} MiB are free" if device == "cuda" else ""
+        raise SystemExit(
+            f"engine.ballast_mib = {ballast_mib:g} does not fit on {device}{free}: {error}"
+        ) from None
+
+
 def main() -> None:
     """Answer batches until stdin ends."""
     arguments = json.loads(sys.argv[1])
+    ballast = hold_ballast(arguments["device"], arguments.get("ballast_mib", 0.0))
     stages = Stages(arguments["shape"], arguments["device"], arguments["threads"])
     stages.run({"num_seqs": 1, "context_tokens": 8, "chunks": [[8, 0]], "encode_tiles": 0})
     print("ready", flush=True)
     for line in sys.stdin:
         print(stages.run(json.loads(line)), flush=True)
+    del ballast
 
 
 if __name__ == "__main__":

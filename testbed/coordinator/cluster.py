@@ -190,6 +190,7 @@ class Layout:
             ramp_down_w_per_s=control.ramp_down_w_per_s,
             ramp_up_w_per_s=control.ramp_up_w_per_s,
             delay_s=self.spec.transport.delay_s,
+            preprocess_in_tenants=self.spec.tenants.preprocess,
         )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -238,6 +238,11 @@ class Coordinator:
         gpus.gpu_busy_frac[place] = readings.gpu_busy_frac
         gpus.fb_used_bytes[place] = readings.fb_used_bytes
         gpus.throttle[place] = readings.throttle
+        newly_lost = [
+            local
+            for local, lost in enumerate(readings.lost)
+            if lost and not gpus.lost[place][local]
+        ]
         gpus.lost[place] = readings.lost
         instances, where = self.layout.instances, node.instances
         instances.t_s[where] = t_s
@@ -271,8 +276,8 @@ class Coordinator:
             self._lease(node, now_s)
             self._refresh_up(node)
             self._release_held(now_s)
-        elif bool(np.any(readings.lost)):
-            self._refresh_up(node)
+        elif newly_lost:
+            self._lose_gpus(node, newly_lost, now_s)
 
     def _on_tenants(self, node: Node, report: Report, t_s: float) -> None:
         tenants, who = self.layout.tenants, node.tenants
@@ -339,8 +344,24 @@ class Coordinator:
         node.drift_total = 0
         self.layout.gpus.lost[node.gpus] = True
         self._refresh_up(node)
-        first, stop = node.instances.start, node.instances.stop
-        orphans = [e for e in self.in_flight.values() if first <= e.instance < stop]
+        self._reroute(range(node.instances.start, node.instances.stop), now_s)
+
+    def _lose_gpus(self, node: Node, gpus: list[int], now_s: float) -> None:
+        """GPUs fell off the bus: the instances on them are gone, their requests go elsewhere."""
+        for local in gpus:
+            uuid = node.infos[local].uuid
+            self._event(now_s, "error", node.name, "gpu_lost", f"GPU {local}, {uuid}")
+        self._refresh_up(node)
+        broken = [
+            node.instances.start + local
+            for local, config in enumerate(node.configs)
+            if not set(config.gpus).isdisjoint(gpus)
+        ]
+        self._reroute(broken, now_s)
+
+    def _reroute(self, instances: Collection[int], now_s: float) -> None:
+        """Send what these instances had elsewhere."""
+        orphans = [entry for entry in self.in_flight.values() if entry.instance in instances]
         for entry in orphans:
             self._take_back(entry)
             entry.first_token_s = entry.first_token_seen_s = float("nan")

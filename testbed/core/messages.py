@@ -68,6 +68,9 @@ class EngineConfig(_Wire, frozen=True):
     """KV blocks of the instance; 0 computes them from the memory left beside the weights."""
     preprocess_workers: int = 4
     """CPU cores for image preprocessing that this instance may use."""
+    ballast_mib: float = 0.0
+    """Memory of each GPU that something else holds: less is left for KV blocks. Where kernels are
+    real, the worker allocates it on the device and keeps it."""
     collapse: bool = True
     """Sum runs of alike iterations in closed form. Off steps one by one: same results, slower."""
 
@@ -94,6 +97,7 @@ class NodeConfig(_Wire, frozen=True):
     ramp_down_w_per_s: float
     ramp_up_w_per_s: float
     delay_s: float
+    preprocess_in_tenants: bool = False
 
 
 # Node and coordinator get to know each other.

@@ -118,6 +118,21 @@ class TenantsSpec(_Table, frozen=True):
     """By how much the trace's time is compressed: 300 plays 5 minutes in a second."""
     swap_mib: NotNegative = 0.0
     """Size of a zram swap device to make if the node has no swap; 0 makes none."""
+    preprocess: bool = False
+    """Images of the node's requests are prepared inside the tenants: what they wait for memory
+    reaches TTFT. Off, since a run with real tenants then no longer repeats a virtual one exactly.
+    """
+
+
+class FaultSpec(_Table, frozen=True):
+    """Something that breaks in mid-run, on emulated nodes."""
+
+    at_s: NotNegative
+    node: Annotated[int, Meta(ge=0)] = 0
+    """Which node, counted through the run."""
+    gpu: Annotated[int, Meta(ge=0)] = 0
+    kind: Literal["gpu_lost"] = "gpu_lost"
+    """``gpu_lost``: the GPU falls off the bus, and every NVML call on it returns error 15."""
 
 
 class TransportSpec(_Table, frozen=True):
@@ -173,6 +188,7 @@ class RunSpec(_Table, frozen=True):
     policy: list[PolicySpec] = []
     router: PolicySpec = PolicySpec(use="least_loaded")
     tenants: TenantsSpec = TenantsSpec()
+    fault: list[FaultSpec] = []
     transport: TransportSpec = TransportSpec()
     control: ControlSpec = ControlSpec()
     record: RecordSpec = RecordSpec()
@@ -289,6 +305,7 @@ def _check(spec: RunSpec) -> None:
             ("block_size_tokens", engine.block_size_tokens, 1),
             ("kv_blocks", engine.kv_blocks, 0),
             ("preprocess_workers", engine.preprocess_workers, 1),
+            ("ballast_mib", engine.ballast_mib, 0),
         ):
             if value < low:
                 raise SpecError(
@@ -308,6 +325,16 @@ def _check(spec: RunSpec) -> None:
                 f"run spec: slo_class {slo_class.name!r}: pool = {slo_class.pool!r} "
                 f"is none of {pools}"
             )
+    num_nodes = len(spec.node_names())
+    for fault in spec.fault:
+        for field, value, count in (
+            ("node", fault.node, num_nodes),
+            ("gpu", fault.gpu, cluster.gpus_per_node),
+        ):
+            if value >= count:
+                raise SpecError(f"run spec: fault.{field} = {value} must be below {count}")
+    if spec.fault and spec.mode == "hardware":
+        raise SpecError("run spec: fault: only emulated GPUs can be told to fail")
     if spec.control.lease_s < 3 * spec.control.sample_period_s:
         raise SpecError(
             f"run spec: control.lease_s = {spec.control.lease_s} must be at least three times "

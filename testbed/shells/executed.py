@@ -31,10 +31,17 @@ _START_TIMEOUT_S = 120.0
 class _Worker:
     """A worker process and the engine it works for."""
 
-    def __init__(self, engine: Engine, model: ModelCard, device: str, uuid: str) -> None:
+    def __init__(
+        self, engine: Engine, model: ModelCard, device: str, uuid: str, ballast_mib: float
+    ) -> None:
         self.engine = engine
         self.busy = False
-        arguments = {"shape": shape_of(model), "device": device, "threads": 1}
+        arguments = {
+            "shape": shape_of(model),
+            "device": device,
+            "threads": 1,
+            "ballast_mib": ballast_mib,
+        }
         self.process = subprocess.Popen(
             [sys.executable, str(Path(torch_worker.__file__)), json.dumps(arguments)],
             stdin=subprocess.PIPE,
@@ -104,6 +111,7 @@ class ExecutedServing:
         *,
         uuids: list[str] | None = None,
     ) -> None:
+        self.preprocess_slowdown = 1.0
         self._uuids = uuids or []
         self._device = device
         self._attach = attach
@@ -133,7 +141,7 @@ class ExecutedServing:
                 measured=True,
             )
             uuid = self._uuids[instance.gpus[0]] if self._uuids else ""
-            worker = _Worker(engine, model, self._device, uuid)
+            worker = _Worker(engine, model, self._device, uuid, instance.engine.ballast_mib)
             self._workers.append(worker)
             self._attach(instance.gpus[0], worker.process.pid)
         for worker in self._workers:
@@ -159,6 +167,7 @@ class ExecutedServing:
     def submit(self, instance: int, request: Request, t_s: float) -> None:
         """Give a request to an instance."""
         worker = self._workers[instance]
+        worker.engine.preprocess_slowdown = self.preprocess_slowdown
         worker.engine.submit(request, max(t_s, worker.engine.now_s))
         worker.push()
 

@@ -52,6 +52,7 @@ class ForwardedServing:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise SpecError(f"server {url!r}: expected http://HOST:PORT")
+        self.preprocess_slowdown = 1.0  # a real server prepares its images itself
         self._host, self._port = parts.hostname, parts.port or 80
         self._wall_s = wall_s
         self._lock = threading.Lock()

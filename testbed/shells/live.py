@@ -199,6 +199,9 @@ class Crew:
             command += ["--seed", str(spec.seed), "--place", str(index)]
             command += ["--inlet-c", str(cluster.inlet_c)]
             command += ["--temp-spread-c", str(cluster.temp_spread_c)]
+            for fault in spec.fault:
+                if fault.node == index:
+                    command += ["--lose", f"{fault.gpu}@{fault.at_s}"]
         else:
             command += ["--device", spec.device, "--cores", str(spec.cluster.gpus_per_node)]
             if spec.forward:

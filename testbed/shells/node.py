@@ -9,7 +9,7 @@ import os
 import select
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -65,6 +65,8 @@ class NodeOptions:
     """Index of the node in the run; decides its GPUs' temperature offsets."""
     inlet_c: float = 24.0
     temp_spread_c: float = 2.0
+    faults: list[tuple[float, int]] = field(default_factory=list)
+    """When which emulated GPU is lost."""
     delay_s: float = 0.005
     tenants: str = ""
     """The run file's ``tenants`` table as JSON; empty for none."""
@@ -87,6 +89,22 @@ def parse_gpus(text: str) -> tuple[int, str]:
         raise SpecError(f"GPUs {text!r}: expected COUNTxMODEL with 1 to 64 GPUs, as in 8xH100")
     short = {"h100": "h100-sxm", "a100": "a100-80gb"}
     return int(count), load_gpu(short.get(name, name)).name
+
+
+def parse_fault(text: str) -> tuple[float, int]:
+    """``3@20``: GPU 3 is lost at 20 s.
+
+    >>> parse_fault("3@20")
+    (20.0, 3)
+    """
+    gpu, at, t_s = text.partition("@")
+    try:
+        fault = (float(t_s), int(gpu))
+    except ValueError:
+        fault = (-1.0, -1)
+    if not at or min(fault) < 0:
+        raise SpecError(f"lost GPU {text!r}: expected GPU@SECONDS, as in 3@20")
+    return fault
 
 
 def node(options: NodeOptions, log: Callable[[str], None]) -> None:
@@ -256,7 +274,7 @@ def _node_servers(options: NodeOptions) -> ServerBank:
         # Counted through the run, as the one bank of a virtual run counts them.
         first_uuid=FIRST_UUID + options.place * count,
     )
-    return ServerBank(bank, num_nodes=1)
+    return ServerBank(bank, num_nodes=1, faults=options.faults)
 
 
 def _node_tenants(

@@ -25,6 +25,16 @@ def emulated_bank(spec: RunSpec, profile: GpuProfile, state: GpuState, nodes: li
     return GpuBank(profile, state, inlet_c=cluster.inlet_c, offset_c=offsets_c)
 
 
+def gpu_faults(spec: RunSpec, nodes: list[int]) -> list[tuple[float, int]]:
+    """When which GPU of a bank of these nodes is lost."""
+    count = spec.cluster.gpus_per_node
+    return [
+        (fault.at_s, nodes.index(fault.node) * count + fault.gpu)
+        for fault in spec.fault
+        if fault.node in nodes
+    ]
+
+
 def tenant_plan(tenants: TenantsSpec, place: int) -> TenantPlan | None:
     """The memory tenants of the node at ``place``, or None if it has none.
 

@@ -20,7 +20,7 @@ from testbed.core.clock import (
 )
 from testbed.core.messages import Bye, Envelope
 from testbed.core.transport.memory import Network
-from testbed.shells.plant import emulated_bank, tenant_plan
+from testbed.shells.plant import emulated_bank, gpu_faults, tenant_plan
 from testbed.shells.schedule import Desk, NodeSchedule, Parts
 
 
@@ -59,8 +59,11 @@ def run_virtual(parts: Parts) -> None:
     names = spec.node_names()
     count = spec.cluster.gpus_per_node
     state = GpuState.create(len(names) * count)
+    places = list(range(len(names)))
     servers = ServerBank(
-        emulated_bank(spec, parts.profile, state, list(range(len(names)))), num_nodes=len(names)
+        emulated_bank(spec, parts.profile, state, places),
+        num_nodes=len(names),
+        faults=gpu_faults(spec, places),
     )
     nodes: list[NodeSchedule] = []
     for index, name in enumerate(names):

@@ -105,6 +105,29 @@ def test_emulated_and_virtual_runs_agree(small_spec, tmp_path):
     assert json.loads(replayed.stdout)["different"] == 0
 
 
+@pytest.mark.parametrize("mode", ["virtual", "emulated"])
+def test_a_lost_gpu_is_survived(small_spec, tmp_path, mode):
+    spec = tmp_path / "fault.toml"
+    spec.write_text(small_spec.read_text() + "\n[[fault]]\nat_s = 6.0\nnode = 1\ngpu = 0\n")
+    done = cli("run", spec, "--mode", mode, "--out", tmp_path / "runs", "--json", "--no-report")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    recording = Recording.open(run_folder(tmp_path / "runs"))
+    events = recording.table("events").to_pylist()
+    [lost] = [event for event in events if event["kind"] == "gpu_lost"]
+    assert lost["source"] == "row1/rack0/node001"
+    assert "GPU-" in lost["text"], "said by UUID, since indices move when a GPU is gone"
+    assert 6.0 <= lost["t_s"] < 6.5
+    # Its requests went to the pool's other instances, and new ones never came to it.
+    assert summary["requests"]["lost"] == 0
+    assert summary["requests"]["completed"] > 100
+    requests = recording.columns("requests", "routed_s", "instance", "attempts", "finished_s")
+    mine = requests["instance"] == 4  # the second node's first, on its GPU 0
+    assert mine.any()
+    assert (requests["finished_s"][mine] <= 6.0).all()
+    assert (requests["attempts"] == 2).any()
+
+
 def test_kill_the_coordinator_and_nodes_go_to_safe_caps(small_spec, tmp_path):
     process = start(small_spec, tmp_path, "duration_s=60", "control.lease_s=2.0")
     folder = None

@@ -16,12 +16,14 @@ import pytest
 
 from daemons.devices import cgroup
 from daemons.devices.zram import CONTROL, swap_bytes
+from daemons.node import preprocess_slowdown
 from daemons.tenants import TenantHost, TenantPlan, load_memory_trace
 from emulators.memory import ModelledTenants
 from testbed.core.errors import DeviceError, TraceError
 from testbed.core.view import empty_tenants, view_of
 from testbed.policies.memory_pressure import MemoryPressure
-from tests.conftest import ROOT
+from testbed.recorder.reader import Recording
+from tests.conftest import ROOT, cli
 
 MIB = 1 << 20
 
@@ -96,6 +98,40 @@ def test_a_limit_never_goes_below_the_guaranteed_part(host):
     watch(host, 0.5)
     host.set_limit(0, 1 * MIB)
     assert watch(host, 1.0).limit_bytes[0] == 40 * MIB
+
+
+@real
+@needs_real
+def test_the_guaranteed_part_is_locked_in_memory(host):
+    watch(host, 1.5)
+    host.set_limit(0, 40 * MIB)
+    tight = watch(host, 2.0)
+    assert tight.swap_bytes[0] > 20 * MIB, "the rest went to swap"
+    tenant = host._tenants[0]
+    status = Path(f"/proc/{tenant.process.pid}/status").read_text()
+    locked_kib = int(status.split("VmLck:")[1].split()[0])
+    assert locked_kib << 10 == tenant.locked_bytes == 40 * MIB
+    # What is locked is resident too, whatever the limit did to the rest.
+    assert int(status.split("VmRSS:")[1].split()[0]) << 10 >= 40 * MIB
+
+
+@real
+@needs_real
+def test_memory_is_given_back_when_swap_vanishes(host, monkeypatch):
+    said = []
+    host._log = said.append
+    watch(host, 1.0)
+    host.set_limit(0, 48 * MIB)
+    assert watch(host, 1.0, 1.0).limit_bytes[0] == 48 * MIB
+    monkeypatch.setattr("daemons.tenants.swap_bytes", lambda: (0, 0))
+    assert watch(host, 2.0, 2.0).limit_bytes[0] == 96 * MIB
+    host.set_limit(0, 48 * MIB)
+    assert watch(host, 0.5, 4.0).limit_bytes[0] == 96 * MIB, "and nothing is taken any more"
+    monkeypatch.undo()
+    watch(host, 1.5, 4.5)
+    host.set_limit(0, 48 * MIB)
+    assert watch(host, 1.0, 6.0).limit_bytes[0] == 48 * MIB
+    assert [line.split(":")[0] for line in said] == ["swap is gone", "swap is back"]
 
 
 @real
@@ -198,6 +234,59 @@ def test_modelled_tenants_behave_alike():
     assert eased.slowdown_frac[0] < 0.2
     model.set_limit(0, 0)
     assert model.read(20.0).limit_bytes[0] == 40 * MIB
+
+
+def test_modelled_tenants_never_swap_what_is_guaranteed():
+    model = ModelledTenants(plan(share=0.3))  # the working set fits into the guaranteed part
+    model.set_limit(0, 0)
+    for step in range(20):
+        reading = model.read(1.0 + step * 0.1)
+    assert reading.current_bytes[0] == 40 * MIB
+    assert reading.slowdown_frac[0] == 0.0
+    assert reading.major_faults_total[0] == 0
+
+
+def test_images_wait_with_the_tenants_that_prepare_them(tmp_path):
+    """The same run with tenants left alone, and squeezed by a limit that a policy sets."""
+    policy = tmp_path / "squeeze.py"
+    policy.write_text(
+        "import numpy as np\nfrom testbed.policies import SetMemoryLimit\n\n"
+        "class Squeeze:\n    period_s = 5.0\n\n    def step(self, view):\n"
+        "        who = np.arange(len(view.tenants.limit_bytes))\n"
+        "        return [SetMemoryLimit(who, view.tenants.guaranteed_bytes, 'squeeze')]\n"
+    )
+    spec = tmp_path / "run.toml"
+    spec.write_text(
+        "name = 'images'\nduration_s = 20\n"
+        "[cluster]\nrow_budget_w = 0\n"
+        "[[pool]]\nname = 'vision'\nmodel = 'llava-onevision-7b'\n"
+        "[[slo_class]]\nname = 'vision'\npool = 'vision'\n"
+        "[workload]\nsource = 'azure_llm'\nrate_rps = 10.0\nimage_frac = 1.0\n"
+        "[tenants]\nper_node = 2\nmemory_mib = 96\nguaranteed_frac = 0.1\npreprocess = true\n"
+        f"[[policy]]\nuse = '{policy}:Squeeze'\n"
+    )
+    ttft_s = {}
+    for coupled in ("true", "false"):
+        out = tmp_path / coupled
+        cli("run", spec, "--mode", "virtual", "--out", out, "--no-report",
+            "--set", f"tenants.preprocess={coupled}")  # fmt: skip
+        [folder] = out.iterdir()
+        requests = Recording.open(folder).columns("requests", "arrival_s", "first_token_s")
+        ttft_s[coupled] = np.nanmean(requests["first_token_s"] - requests["arrival_s"])
+    assert ttft_s["true"] > 1.005 * ttft_s["false"], "virtual runs: no noise"
+
+
+def test_the_slowdown_of_preprocessing_follows_pressure():
+    model = ModelledTenants(plan(count=2))
+    calm = model.read(2.0)
+    assert preprocess_slowdown(calm) == pytest.approx(1.0)
+    for tenant in range(2):
+        model.set_limit(tenant, 40 * MIB)
+    for step in range(60):
+        tight = model.read(2.0 + step * 0.1)
+    waits = tight.pressure_some_frac
+    assert min(waits) > 0.02
+    assert preprocess_slowdown(tight) == pytest.approx(np.mean([1 / (1 - wait) for wait in waits]))
 
 
 def test_the_trace_we_ship():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from importlib import util
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -464,3 +467,122 @@ def test_unmodified_clients(node, program):
     else:
         assert "H100 80GB HBM3" in done.stdout
         assert str(os.getpid()) in done.stdout
+
+
+def run_client(node, *command: str, timeout=60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**client_environment(node.state.path), "TERM": "xterm"},
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+ZEUS = """
+import json, time
+from zeus.device import get_gpus
+from zeus.monitor import ZeusMonitor
+monitor = ZeusMonitor(gpu_indices=[0, 1])
+monitor.begin_window("w", sync_execution=False)
+time.sleep(1.5)
+window = monitor.end_window("w", sync_execution=False)
+get_gpus().set_power_management_limit(0, 300_000)
+time.sleep(1.0)
+monitor.begin_window("capped", sync_execution=False)
+time.sleep(1.5)
+capped = monitor.end_window("capped", sync_execution=False)
+print(json.dumps([window.time, window.gpu_energy, capped.time, capped.gpu_energy]))
+"""
+
+
+def test_zeus_measures_and_caps(node):
+    if util.find_spec("zeus") is None:
+        pytest.skip("zeus is not installed")
+    before = node.state.measured["energy_mj"].sum()
+    done = run_client(node, "-c", ZEUS)
+    assert done.returncode == 0, done.stderr
+    time_s, energy_j, capped_s, capped_j = json.loads(done.stdout.splitlines()[-1])
+    assert node.state.control["power_limit_mw"][0] == 300_000
+    power_w = energy_j["0"] / time_s
+    assert power_w == pytest.approx(energy_j["1"] / time_s, rel=0.05)
+    assert 300 < power_w < 700
+    assert capped_j["0"] / capped_s == pytest.approx(300, rel=0.05)
+    total_j = (node.state.measured["energy_mj"].sum() - before) / 1000
+    assert sum(energy_j.values()) + sum(capped_j.values()) < total_j
+
+
+def test_nvitop_exporter_serves_what_we_show(node):
+    if util.find_spec("nvitop_exporter") is None:
+        pytest.skip("nvitop-exporter is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nvitop_exporter", "--bind-address", "127.0.0.1",
+         "--port", str(port), "--interval", "0.5"],
+        env={**client_environment(node.state.path), "TERM": "xterm"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    text = ""
+    try:
+        deadline = time.monotonic() + 40
+        while "gpu_power_usage_W{" not in text and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read().decode()
+            with contextlib.suppress(OSError):
+                text = urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+            time.sleep(0.3)
+    finally:
+        process.kill()
+        process.communicate()
+    watts = [float(line.split()[-1]) for line in text.splitlines()
+             if line.startswith("gpu_power_usage_W{")]  # fmt: skip
+    assert len(watts) == 2
+    expected_w = node.state.measured["power_average_mw"] / 1000
+    assert watts == pytest.approx(expected_w.tolist(), abs=30)
+
+
+def test_nvtop_sees_the_gpus(node):
+    if shutil.which("nvtop") is None:
+        pytest.skip("nvtop is not installed (Debian offers it in contrib)")
+    done = subprocess.run(
+        ["nvtop", "--snapshot"], env=client_environment(node.state.path),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("H100 80GB HBM3") == 2
+
+
+def test_clients_survive_a_lost_gpu(node):
+    node.bank.lose(1)
+    names = {
+        program: run_client(node, "-m", *arguments)
+        for program, *arguments in (
+            ("gpustat", "gpustat", "--json"),
+            ("nvitop", "nvitop", "--once", "--ascii"),
+        )
+        if util.find_spec(program)
+    }
+    for program, done in names.items():
+        assert done.returncode == 0, (program, done.stderr)
+        assert "H100 80GB HBM3" in done.stdout
+        assert "lost" in done.stdout.lower()
+
+
+def test_a_client_that_runs_survives_the_loss_of_another_gpu(node):
+    if util.find_spec("zeus") is None:
+        pytest.skip("zeus is not installed")
+    code = (
+        "import time\nfrom zeus.monitor import ZeusMonitor\n"
+        "m = ZeusMonitor(gpu_indices=[0])\nprint('ready', flush=True)\ninput()\n"
+        "m.begin_window('w', sync_execution=False)\ntime.sleep(0.5)\n"
+        "print(m.end_window('w', sync_execution=False).gpu_energy[0])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=client_environment(node.state.path),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.stdout.readline().strip() != "ready":
+        assert process.poll() is None
+    node.bank.lose(1)
+    shown = process.communicate("go\n", timeout=30)[0]
+    assert process.returncode == 0
+    assert float(shown.splitlines()[-1]) > 100
