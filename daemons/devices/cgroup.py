@@ -9,7 +9,7 @@ pressure there.
 Traps that this file knows: lowering a v1 limit reclaims within the write and may take tenths of a
 second, or fail with EBUSY half done; ``memory.high`` on a group that has nothing to swap to
 livelocks it; a v1 hard limit over zram now and then OOM-kills with swap still free, so v1 groups
-are set not to kill but to wait (`Group.out_of_memory` says when one waits); freezing on v1 is not
+are set not to kill but to wait (`Group.out_of_memory` says when one waits); freezing is not
 instant; a group can be removed only when its last process is gone.
 
 Files in bytes, microseconds and nanoseconds end here; above are bytes, seconds and `DeviceError`.
@@ -22,7 +22,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -251,8 +251,10 @@ class V2Group(Group):
         _write(self.folders[0] / "cpu.max", f"{quota} {_CPU_PERIOD_US}")
 
     def freeze(self, frozen: bool = True) -> None:
-        """``echo 1 > cgroup.freeze``"""
-        _write(self.folders[0] / "cgroup.freeze", int(frozen))
+        """``echo 1 > cgroup.freeze``, until ``cgroup.events`` says that it is so."""
+        folder = self.folders[0]
+        _write(folder / "cgroup.freeze", int(frozen))
+        _wait_until(lambda: _table(folder / "cgroup.events").get("frozen", 0) == int(frozen))
 
     def oom_kills_total(self) -> int:
         """``grep oom_kill memory.events``"""
@@ -363,9 +365,7 @@ class V1Group(Group):
         file = self._trees["freezer"] / "freezer.state"
         wanted = "FROZEN" if frozen else "THAWED"
         _write(file, wanted)
-        deadline = time.monotonic() + 1.0
-        while _read_text(file).strip() != wanted and time.monotonic() < deadline:
-            time.sleep(0.002)
+        _wait_until(lambda: _read_text(file).strip() == wanted)
 
     def out_of_memory(self) -> bool:
         """``grep under_oom memory.oom_control``"""
@@ -431,6 +431,13 @@ class V1Cgroups(Cgroups):
         for folder in self._parents.values():
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _wait_until(done: Callable[[], bool], timeout_s: float = 1.0) -> None:
+    """Give the kernel a moment: freezing is not instant, and a task in it may take its time."""
+    deadline = time.monotonic() + timeout_s
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 # Files.

@@ -153,6 +153,25 @@ def test_reclaim_leaves_the_limit_as_it_was(group):
     assert made.read().limit_bytes == 64 * MIB
 
 
+def test_what_is_protected_is_asked_of_the_parent_too(tree):
+    opened, kernel = tree
+    groups = [opened.create(name) for name in ("one", "two")]
+    try:
+        for made, size in zip(groups, (8 * MIB, 16 * MIB), strict=True):
+            if not kernel:
+                (made.folders[0] / "memory.min").write_text("0\n")
+                (made.folders[0].parent / "memory.min").touch()
+            made.protect(size)
+            made.protect(size)
+        if opened.version == "v2":
+            assert int((groups[1].folders[0] / "memory.min").read_text()) == 16 * MIB
+            assert int((groups[0].folders[0].parent / "memory.min").read_text()) == 24 * MIB
+    finally:
+        if kernel:
+            for made in groups:
+                made.remove()
+
+
 def test_v2_files_are_read_in_their_units(tmp_path):
     made = FolderCgroups(v2_folder(tmp_path / "cgroup"), "ours").create("one")
     reading = made.read()

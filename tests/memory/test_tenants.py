@@ -276,17 +276,19 @@ def test_images_wait_with_the_tenants_that_prepare_them(tmp_path):
     assert ttft_s["true"] > 1.005 * ttft_s["false"], "virtual runs: no noise"
 
 
-def test_the_slowdown_of_preprocessing_follows_pressure():
+def test_the_slowdown_of_preprocessing_follows_that_of_the_tenants():
     model = ModelledTenants(plan(count=2))
-    calm = model.read(2.0)
-    assert preprocess_slowdown(calm) == pytest.approx(1.0)
-    for tenant in range(2):
-        model.set_limit(tenant, 40 * MIB)
-    for step in range(60):
-        tight = model.read(2.0 + step * 0.1)
-    waits = tight.pressure_some_frac
-    assert min(waits) > 0.02
-    assert preprocess_slowdown(tight) == pytest.approx(np.mean([1 / (1 - wait) for wait in waits]))
+    assert preprocess_slowdown(model.read(2.0)) == pytest.approx(1.0)
+    model.set_limit(0, 48 * MIB)
+    for step in range(30):
+        one = model.read(2.0 + step * 0.1)
+    lost = one.slowdown_frac[0]
+    assert lost > 0.5
+    assert preprocess_slowdown(one) == pytest.approx(1.0 + lost / (1.0 - lost) / 2 / 20)
+    model.set_limit(1, 40 * MIB)
+    for step in range(30):
+        both = model.read(5.0 + step * 0.1)
+    assert preprocess_slowdown(both) > preprocess_slowdown(one)
 
 
 def test_the_trace_we_ship():
