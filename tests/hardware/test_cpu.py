@@ -11,6 +11,7 @@ import pytest
 
 from daemons.devices import cgroup
 from daemons.devices.cpu import WATTS_PER_CORE, CpuDevices
+from daemons.executors.torch_worker import hold_ballast
 from emulators.engine import Batch, Engine
 from emulators.models import load_model
 from emulators.profiles import load_gpu
@@ -105,3 +106,18 @@ def test_no_gpu_and_no_permission_is_one_clear_line(tmp_path):
     assert done.returncode == 2
     assert "NVML" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ballast_is_held_or_refused_by_name():
+    pytest.importorskip("torch", reason="torch is an extra")
+    held = hold_ballast("cpu", 24.0)
+    assert held.numel() == 24 << 20
+    with pytest.raises(SystemExit, match="ballast_mib = 1e"):
+        hold_ballast("cpu", 1e9)
+
+
+def test_ballast_leaves_less_for_kv_blocks():
+    cost = IterationCost(load_model("llama-3.1-8b"), load_gpu("h100-sxm"), tp=1)
+    without, beside = cost.kv_blocks(0.9, 16), cost.kv_blocks(0.9, 16, ballast_bytes=20 << 30)
+    per_block_bytes = 2 * 2 * 8 * 128 * 32 * 16  # K and V, bf16, 8 KV heads of 128, 32 layers
+    assert (without - beside) * per_block_bytes == pytest.approx(0.9 * (20 << 30), rel=0.01)
