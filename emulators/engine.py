@@ -121,6 +121,10 @@ class Cost(Protocol):
         """Time per token of KV cache read by decodes."""
         ...
 
+    def per_context_token_mixed_s(self, clock_frac: float) -> float:
+        """The same in an iteration that also prefills."""
+        ...
+
     def per_pair_s(self, clock_frac: float) -> float:
         """Time per (query, key) pair of prefill attention."""
         ...
@@ -607,6 +611,7 @@ class Engine:
     def _set_clock(self, clock_frac: float) -> None:
         self.clock_frac = clock_frac
         self._per_context_s = self._cost.per_context_token_s(clock_frac)
+        self._per_context_mixed_s = self._cost.per_context_token_mixed_s(clock_frac)
         self._per_pair_s = self._cost.per_pair_s(clock_frac)
         # Iteration times of pure decoding by batch size, at this clock.
         self._decode_base: dict[int, float] = {}
@@ -796,7 +801,7 @@ class Engine:
                 block.encode_s = cost.encode_s(num_tiles, clock_frac)
             block.first_s = (
                 cost.base_s(*shape, clock_frac)
-                + self._per_context_s * context
+                + self._per_context_mixed_s * context
                 + self._per_pair_s * pairs
             )
             block.flops_first = (
@@ -811,7 +816,7 @@ class Engine:
             )
             # Each further chunk of the same prompt attends to one chunk more.
             more_pairs = chunks[0][1] * chunks[0][1] if len(chunks) == 1 else 0
-            block.growth_s = self._per_context_s * num_seqs + self._per_pair_s * more_pairs
+            block.growth_s = self._per_context_mixed_s * num_seqs + self._per_pair_s * more_pairs
             block.flops_growth = (
                 cost.flops_per_context_token * num_seqs + cost.flops_per_pair * more_pairs
             )

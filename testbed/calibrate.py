@@ -632,6 +632,10 @@ class TwinCost:
         line = self._profile.decode
         return float(line.second_s * clock_frac**-line.exponent)
 
+    def per_context_token_mixed_s(self, clock_frac: float) -> float:
+        """The same: stages run one after another on this device."""
+        return self.per_context_token_s(clock_frac)
+
     def per_pair_s(self, clock_frac: float) -> float:
         """Time per pair of prefill attention."""
         line = self._profile.prefill
@@ -684,6 +688,10 @@ class DeviceCost(TwinCost):
         return 0.0
 
     def per_context_token_s(self, clock_frac: float) -> float:
+        """Counted in ``base_s``."""
+        return 0.0
+
+    def per_context_token_mixed_s(self, clock_frac: float) -> float:
         """Counted in ``base_s``."""
         return 0.0
 

@@ -31,6 +31,9 @@ class PlainCost:
     def per_context_token_s(self, clock_frac):
         return 2e-8
 
+    def per_context_token_mixed_s(self, clock_frac):
+        return 3e-8
+
     def per_pair_s(self, clock_frac):
         return 1e-9 / clock_frac
 
