@@ -12,6 +12,7 @@ help:
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	-$(BIN)/python -c 'from emulators import compiled; compiled.build()'
 	@touch $@
 
 ## make run                 set up, then the main job; ends with runs/<id>/report.html

@@ -1,0 +1,9 @@
+"""Emulated GPUs, servers and memory: physics that is told the time.
+
+The engine and its timing are plain Python. Where they have been compiled (`emulators.compiled`),
+the compiled ones are imported in their place.
+"""
+
+from emulators import compiled
+
+compiled.use(__path__)

@@ -35,7 +35,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Final, Literal, NamedTuple, Protocol
 
 from testbed.core.messages import EngineConfig, Request
 
@@ -142,6 +142,11 @@ class Cost(Protocol):
         ...
 
 
+_EDGE_S: Final = 1e-4
+_RATIO: Final = 1.02
+_LOG_RATIO: Final = math.log(1.02)
+
+
 class ItlHistogram:
     """Gaps between consecutive tokens, in bins 2 % wide from 0.1 ms.
 
@@ -151,16 +156,15 @@ class ItlHistogram:
     1500
     """
 
-    EDGE_S = 1e-4
-    RATIO = 1.02
-    _LOG = math.log(RATIO)
+    EDGE_S: ClassVar[float] = _EDGE_S
+    RATIO: ClassVar[float] = _RATIO
 
     def __init__(self) -> None:
         self.counts: dict[int, int] = {}
 
     def bin_of(self, gap_s: float) -> int:
         """Bin ``b`` holds gaps from ``EDGE_S * RATIO**b`` up; shorter ones are in bin 0."""
-        return int(math.log(gap_s / self.EDGE_S) / self._LOG) if gap_s > self.EDGE_S else 0
+        return int(math.log(gap_s / _EDGE_S) / _LOG_RATIO) if gap_s > _EDGE_S else 0
 
     def add(self, gap_s: float, count: int = 1) -> None:
         """Count one gap ``count`` times."""
@@ -177,7 +181,7 @@ class ItlHistogram:
             return
         start = 0
         for place in range(low, high):
-            edge_s = self.EDGE_S * self.RATIO ** (place + 1)
+            edge_s = _EDGE_S * _RATIO ** (place + 1)
             stop = min(iterations, max(start, math.ceil((edge_s - first_s) / growth_s)))
             if stop > start:
                 counts[place] = counts.get(place, 0) + (stop - start) * num_seqs
@@ -356,6 +360,9 @@ class Engine:
         self.prompt_tokens_total = 0
         self.preemptions_total = 0
         self._cost = cost
+        self._context_flops = cost.flops_per_context_token
+        self._context_bytes = cost.bytes_per_context_token
+        self._pair_flops, self._pair_bytes = cost.flops_per_pair, cost.bytes_per_pair
         self._tokens_per_tile = tokens_per_tile
         self._image_in_prompt = image_in_prompt
         self._preprocess_s = preprocess_s
@@ -613,8 +620,8 @@ class Engine:
         self._per_context_s = self._cost.per_context_token_s(clock_frac)
         self._per_context_mixed_s = self._cost.per_context_token_mixed_s(clock_frac)
         self._per_pair_s = self._cost.per_pair_s(clock_frac)
-        # Iteration times of pure decoding by batch size, at this clock.
-        self._decode_base: dict[int, float] = {}
+        # Time, operations and bytes of pure decoding by batch size, at this clock.
+        self._decode_base: dict[int, tuple[float, float, float]] = {}
 
     # KV blocks.
 
@@ -770,21 +777,22 @@ class Engine:
         block.clock_frac = clock_frac
         block.encode_s = 0.0
         if not chunks and not tiles:
-            base_s = self._decode_base.get(num_seqs)
-            if base_s is None:
-                base_s = cost.base_s(num_seqs, 0, 0, 0, clock_frac)
-                self._decode_base[num_seqs] = base_s
+            base = self._decode_base.get(num_seqs)
+            if base is None:
+                base = (
+                    cost.base_s(num_seqs, 0, 0, 0, clock_frac),
+                    cost.base_flops(num_seqs, 0, 0, 0),
+                    cost.base_bytes(num_seqs, 0, 0, 0),
+                )
+                self._decode_base[num_seqs] = base
+            base_s, base_flops, base_bytes = base
             block.prefill_tokens = 0
             block.first_s = base_s + self._per_context_s * context
             block.growth_s = self._per_context_s * num_seqs
-            block.flops_first = (
-                cost.base_flops(num_seqs, 0, 0, 0) + cost.flops_per_context_token * context
-            )
-            block.bytes_first = (
-                cost.base_bytes(num_seqs, 0, 0, 0) + cost.bytes_per_context_token * context
-            )
-            block.flops_growth = cost.flops_per_context_token * num_seqs
-            block.bytes_growth = cost.bytes_per_context_token * num_seqs
+            block.flops_first = base_flops + self._context_flops * context
+            block.bytes_first = base_bytes + self._context_bytes * context
+            block.flops_growth = self._context_flops * num_seqs
+            block.bytes_growth = self._context_bytes * num_seqs
             iterations = 1
             if self._collapse and not (alone and self._waiting):
                 most = self._next_end() - self._decodes
@@ -805,24 +813,16 @@ class Engine:
                 + self._per_pair_s * pairs
             )
             block.flops_first = (
-                cost.base_flops(*shape)
-                + cost.flops_per_context_token * context
-                + cost.flops_per_pair * pairs
+                cost.base_flops(*shape) + self._context_flops * context + self._pair_flops * pairs
             )
             block.bytes_first = (
-                cost.base_bytes(*shape)
-                + cost.bytes_per_context_token * context
-                + cost.bytes_per_pair * pairs
+                cost.base_bytes(*shape) + self._context_bytes * context + self._pair_bytes * pairs
             )
             # Each further chunk of the same prompt attends to one chunk more.
             more_pairs = chunks[0][1] * chunks[0][1] if len(chunks) == 1 else 0
             block.growth_s = self._per_context_mixed_s * num_seqs + self._per_pair_s * more_pairs
-            block.flops_growth = (
-                cost.flops_per_context_token * num_seqs + cost.flops_per_pair * more_pairs
-            )
-            block.bytes_growth = (
-                cost.bytes_per_context_token * num_seqs + cost.bytes_per_pair * more_pairs
-            )
+            block.flops_growth = self._context_flops * num_seqs + self._pair_flops * more_pairs
+            block.bytes_growth = self._context_bytes * num_seqs + self._pair_bytes * more_pairs
             iterations = self._equal_chunks(chunks) if not (tiles or alone) else 1
         if iterations == 1:
             block.growth_s = block.flops_growth = block.bytes_growth = 0.0

@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
 from emulators.engine import Engine, Event
 from emulators.gpu import GpuBank
 from emulators.models import ModelCard, load_model
+from emulators.profiles import GpuProfile
 from emulators.state import GpuState
 from emulators.timing import IterationCost
 from testbed.core.errors import DeviceError, SpecError
@@ -151,6 +153,12 @@ def gaps_of(engines: Sequence[Engine]) -> list[tuple[int, int, int]]:
     ]
 
 
+@cache
+def _cost(model: ModelCard, gpu: GpuProfile, tp: int) -> IterationCost:
+    """One for all instances alike: its tables are the largest part of an engine."""
+    return IterationCost(model, gpu, tp=tp)
+
+
 def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> Engine:
     """An engine for this model on the bank's kind of GPU.
 
@@ -158,7 +166,7 @@ def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> E
         ValueError: the model does not fit into the memory of ``tp`` GPUs.
     """
     config = instance.engine
-    cost = IterationCost(model, bank.profile, tp=instance.tp)
+    cost = _cost(model, bank.profile, instance.tp)
     blocks = config.kv_blocks or cost.kv_blocks(
         config.gpu_memory_frac,
         config.block_size_tokens,

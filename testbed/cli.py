@@ -7,6 +7,7 @@ stdout carries one JSON object and nothing else.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from emulators import compiled
 from emulators.models import available_models
 from emulators.profiles import available_gpus
 from testbed import emulate as emulation
@@ -66,6 +68,29 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 def _print_json(tree: Any) -> None:
     click.echo(json.dumps(tree, allow_nan=False))
+
+
+def _compile_first() -> None:
+    """Compile the engine if that has not been done, and start this command over with it."""
+    told = (compiled.PURE_VARIABLE, compiled.ONCE_VARIABLE)
+    if compiled.in_use() or any(os.environ.get(name) for name in told):
+        return
+    reason = compiled.why_not()
+    if not reason:
+        click.echo("compiling the engine: some ten seconds, once", err=True)
+        try:
+            compiled.build()
+        except (RuntimeError, OSError) as error:
+            reason = str(error)
+    if reason:
+        click.echo(f"the engine runs interpreted, three times slower: {reason}", err=True)
+        return
+    sys.stderr.flush()
+    os.execve(  # the slow engine is imported by now
+        sys.executable,
+        [sys.executable, "-m", "testbed.cli", *sys.argv[1:]],
+        {**os.environ, compiled.ONCE_VARIABLE: "1"},
+    )
 
 
 # Runs.
@@ -122,6 +147,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Run SPEC.toml and write its recording to runs/<id>/."""
+    _compile_first()
     more = list(overrides)
     if mode is not None:
         more.append(f'mode="{mode}"')
@@ -519,14 +545,14 @@ def bench() -> None:
 @_JSON
 def bench_engine_command(instances: int, requests: str, physics: bool, as_json: bool) -> None:
     """Requests per second of wall time that emulated instances serve."""
+    _compile_first()
     result = bench_engine(instances, requests, physics=physics)
     if as_json:
         _print_json(result)
         return
     for name, value in result.items():
-        click.echo(
-            f"{name:16s} {value:,.4g}" if isinstance(value, float) else f"{name:16s} {value:,}"
-        )
+        shown = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
+        click.echo(f"{name:16s} {shown}")
 
 
 # What there is.

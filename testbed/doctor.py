@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from daemons.devices import cgroup
 from daemons.devices.nvml import NvmlGpus
 from daemons.devices.zram import swap_bytes
+from emulators import compiled
 from testbed.core.errors import DeviceError
 
 
@@ -187,6 +188,13 @@ def _software() -> Iterator[Finding]:
         compiler is not None,
         f"built with {compiler}" if compiler else "no C compiler",
         "" if compiler else "install gcc: testbed emulate and live nodes' GPUs need it to be seen",
+    )
+    missing = compiled.why_not()
+    yield Finding(
+        "compiled engine",
+        compiled.in_use() or not missing,
+        "in use" if compiled.in_use() else missing or "compiled by the first run that needs it",
+        "runs are three times slower until then" if missing else "",
     )
     torch = importlib.util.find_spec("torch") is not None
     yield Finding(

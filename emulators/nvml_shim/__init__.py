@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from emulators import state
+from emulators.compiled import cache_folder
 from emulators.nvml import DRIVER_VERSION
 from testbed.core.errors import DeviceError
 
@@ -91,9 +92,7 @@ def build_shim(*, cache: Path | None = None) -> Path:
     Raises:
         DeviceError: there is no C compiler, or it failed.
     """
-    if cache is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = Path(home) / "serving-testbed"
+    cache = cache or cache_folder()
     with tempfile.TemporaryDirectory() as scratch:
         sources = write_sources(Path(scratch))
         digest = hashlib.sha256(" ".join(_FLAGS).encode())
