@@ -69,6 +69,12 @@ def use(path: MutableSequence[str]) -> None:
         return
 
 
+def set_aside(path: MutableSequence[str]) -> None:
+    """Undo `use` before anything is imported: doctests are collected from the sources."""
+    folder = str(build_folder() / "emulators")
+    path[:] = [entry for entry in path if entry != folder]
+
+
 def in_use() -> bool:
     """Whether this process runs the compiled engine."""
     from emulators import engine

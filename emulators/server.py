@@ -72,7 +72,7 @@ class NodeServing:
             members = [self._first_gpu + gpu for gpu in instance.gpus]
             self.gpu_lists.append(members)
             total = self._bank.profile.memory_bytes
-            ballast = int(instance.engine.ballast_mib * 2**20)
+            ballast = instance.engine.ballast_bytes
             used = int((total - ballast) * instance.engine.gpu_memory_frac) + ballast
             for gpu in members:
                 self._bank.load(gpu, pid=os.getpid(), used_bytes=used)
@@ -170,13 +170,13 @@ def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> E
     blocks = config.kv_blocks or cost.kv_blocks(
         config.gpu_memory_frac,
         config.block_size_tokens,
-        ballast_bytes=config.ballast_mib * 2**20,
+        ballast_bytes=config.ballast_bytes,
     )
     if blocks < 1:
         raise ValueError(
             f"{model.name} leaves no memory for KV blocks on {instance.tp} x {bank.profile.name} "
             f"at gpu_memory_frac = {config.gpu_memory_frac}"
-            + (f" beside a ballast of {config.ballast_mib:g} MiB" if config.ballast_mib else "")
+            + (f" beside a ballast of {config.ballast_bytes} bytes" if config.ballast_bytes else "")
         )
     return Engine(
         cost,

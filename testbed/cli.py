@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import pynvml
@@ -38,6 +38,7 @@ from testbed.core.transport.zmq import generate_keys
 from testbed.doctor import examine
 from testbed.policies.load import load_controller, shipped_policies
 from testbed.recorder.replay import replay as replay_policies
+from testbed.sweep import run_sweep
 
 _ERR = Console(stderr=True)
 _OUT = Console()
@@ -527,6 +528,53 @@ def validate_command(device: str | None, profile: Path, as_json: bool) -> None:
 
 def _say(text: str) -> None:
     click.echo(text, err=True)
+
+
+# Many runs.
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+              help="Processes of this machine, or a Ray cluster.")  # fmt: skip
+@click.option("--address", default="", metavar="HOST:PORT", help="Of the Ray cluster.")
+@click.option("--workers", type=click.IntRange(min=0), default=0,
+              help="Runs at once; as many as there are cores by default.")  # fmt: skip
+@click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Go on with a sweep that was interrupted.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+@_JSON
+def sweep(
+    spec: Path,
+    engine: Literal["local", "ray"],
+    address: str,
+    workers: int,
+    resume: Path | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Do every run of SWEEP.toml and write their summaries as one table."""
+    _compile_first()
+    begun = time.monotonic()
+    first: list[int] = []
+
+    def progress(done: int, count: int) -> None:
+        first.append(done)
+        spent_s = time.monotonic() - begun
+        fresh = done - first[0]
+        left = f", about {spent_s / fresh * (count - done):.0f} s left" if fresh else ""
+        end = "\r" if sys.stderr.isatty() and done < count else "\n"
+        if not as_json or sys.stderr.isatty():
+            click.echo(f"{done} of {count} runs{left}   {end}", nl=False, err=True)
+
+    folder = run_sweep(
+        spec, out, engine=engine, address=address, workers=workers, resume=resume,
+        progress=progress,
+    )  # fmt: skip
+    if as_json:
+        _print_json({"folder": str(folder), "table": str(folder / "table.parquet")})
+    else:
+        click.echo(folder / "table.csv")
 
 
 # Speed.

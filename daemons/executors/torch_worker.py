@@ -117,7 +117,7 @@ class Stages:
             x = x + functional.gelu(x @ self.vision_up) @ self.vision_down
 
 
-def hold_ballast(device: str, ballast_mib: float) -> Any:
+def hold_ballast(device: str, ballast_bytes: int) -> Any:
     """Take that much of the device's memory and keep it: what is returned must be held.
 
     Written once, so that it is really there: an untouched page of host memory takes no room.
@@ -128,18 +128,18 @@ def hold_ballast(device: str, ballast_mib: float) -> Any:
     import torch
 
     try:
-        return torch.ones(int(ballast_mib * 2**20), dtype=torch.uint8, device=device)
+        return torch.ones(ballast_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         free = f", {torch.cuda.mem_get_info()[0] >> 20} MiB are free" if device == "cuda" else ""
         raise SystemExit(
-            f"engine.ballast_mib = {ballast_mib:g} does not fit on {device}{free}: {error}"
+            f"engine.ballast_bytes = {ballast_bytes} does not fit on {device}{free}: {error}"
         ) from None
 
 
 def main() -> None:
     """Answer batches until stdin ends."""
     arguments = json.loads(sys.argv[1])
-    ballast = hold_ballast(arguments["device"], arguments.get("ballast_mib", 0.0))
+    ballast = hold_ballast(arguments["device"], arguments.get("ballast_bytes", 0))
     stages = Stages(arguments["shape"], arguments["device"], arguments["threads"])
     stages.run({"num_seqs": 1, "context_tokens": 8, "chunks": [[8, 0]], "encode_tiles": 0})
     print("ready", flush=True)

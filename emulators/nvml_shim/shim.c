@@ -17,7 +17,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,7 +30,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_GPUS 64
-#define READ_TRIES 2000
+#define READ_PATIENCE_NS 500000000ULL /* far beyond any write: a busy machine takes its turn away */
 #define STALE_NS 5000000000ULL /* an emulator ticks at 10 to 100 Hz */
 #define VERSIONED(type, version) ((unsigned)(sizeof(type) | ((unsigned)(version) << 24)))
 
@@ -76,6 +75,12 @@ static off_t control_at(unsigned index) {
     return (off_t)HEADER_SIZE + (off_t)num_gpus * MEASURED_SIZE + (off_t)index * CONTROL_SIZE;
 }
 
+static uint64_t monotonic_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
+}
+
 static int read_whole(void *to, size_t size, off_t from) {
     ssize_t got;
     do
@@ -89,18 +94,29 @@ static nvmlReturn_t read_gpu(nvmlDevice_t device, struct gpu *gpu) {
         return NVML_ERROR_UNINITIALIZED;
     if (device < devices || device >= devices + num_gpus)
         return NVML_ERROR_INVALID_ARGUMENT;
-    for (int tries = 0; tries < READ_TRIES; tries++) {
-        uint64_t before, after;
+    static uint64_t abandoned; /* odd: where a writer died, so that only one call waits for it */
+    uint64_t before, after, deadline = 0;
+    for (unsigned tries = 0;; tries++) {
         if (!read_whole(&before, sizeof before, HEADER_sequence) ||
             !read_whole(gpu->measured, MEASURED_SIZE, measured_at(device->index)) ||
             !read_whole(gpu->control, CONTROL_SIZE, control_at(device->index)) ||
             !read_whole(&after, sizeof after, HEADER_sequence))
             return NVML_ERROR_UNKNOWN;
-        if (before == after && before % 2 == 0)
+        if (before == after &&
+            (before % 2 == 0 || before == __atomic_load_n(&abandoned, __ATOMIC_RELAXED)))
             return NVML_SUCCESS;
-        sched_yield();
+        if (tries < 20)
+            continue;
+        /* Long enough for the writer to be given its turn, were it only waiting for a core. */
+        uint64_t now = monotonic_ns();
+        if (!deadline)
+            deadline = now + READ_PATIENCE_NS;
+        if (now > deadline && before == after) {
+            __atomic_store_n(&abandoned, before, __ATOMIC_RELAXED);
+            return NVML_SUCCESS; /* died within a write: each field is whole all the same */
+        }
+        nanosleep(&(struct timespec){0, tries % 2 ? 20000 : 70000}, NULL);
     }
-    return NVML_SUCCESS; /* its writer died within a write: each field is whole all the same */
 }
 
 /* The block of a GPU that is there; what most getters begin with. */
@@ -127,12 +143,6 @@ static nvmlReturn_t set_control(nvmlDevice_t device, size_t offset, uint32_t val
     if (pwrite(file, &value, sizeof value, at) != (ssize_t)sizeof value)
         return NVML_ERROR_UNKNOWN;
     return NVML_SUCCESS;
-}
-
-static uint64_t monotonic_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
 }
 
 static long long realtime_us(void) {

@@ -68,7 +68,7 @@ class EngineConfig(_Wire, frozen=True):
     """KV blocks of the instance; 0 computes them from the memory left beside the weights."""
     preprocess_workers: int = 4
     """CPU cores for image preprocessing that this instance may use."""
-    ballast_mib: float = 0.0
+    ballast_bytes: int = 0
     """Memory of each GPU that something else holds: less is left for KV blocks. Where kernels are
     real, the worker allocates it on the device and keeps it."""
     collapse: bool = True

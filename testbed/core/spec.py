@@ -305,7 +305,7 @@ def _check(spec: RunSpec) -> None:
             ("block_size_tokens", engine.block_size_tokens, 1),
             ("kv_blocks", engine.kv_blocks, 0),
             ("preprocess_workers", engine.preprocess_workers, 1),
-            ("ballast_mib", engine.ballast_mib, 0),
+            ("ballast_bytes", engine.ballast_bytes, 0),
         ):
             if value < low:
                 raise SpecError(

@@ -32,7 +32,7 @@ class _Worker:
     """A worker process and the engine it works for."""
 
     def __init__(
-        self, engine: Engine, model: ModelCard, device: str, uuid: str, ballast_mib: float
+        self, engine: Engine, model: ModelCard, device: str, uuid: str, ballast_bytes: int
     ) -> None:
         self.engine = engine
         self.busy = False
@@ -40,7 +40,7 @@ class _Worker:
             "shape": shape_of(model),
             "device": device,
             "threads": 1,
-            "ballast_mib": ballast_mib,
+            "ballast_bytes": ballast_bytes,
         }
         self.process = subprocess.Popen(
             [sys.executable, str(Path(torch_worker.__file__)), json.dumps(arguments)],
@@ -141,7 +141,7 @@ class ExecutedServing:
                 measured=True,
             )
             uuid = self._uuids[instance.gpus[0]] if self._uuids else ""
-            worker = _Worker(engine, model, self._device, uuid, instance.engine.ballast_mib)
+            worker = _Worker(engine, model, self._device, uuid, instance.engine.ballast_bytes)
             self._workers.append(worker)
             self._attach(instance.gpus[0], worker.process.pid)
         for worker in self._workers:
