@@ -34,7 +34,7 @@ from testbed.core.messages import (
 
 Send = Callable[[Body, float], bool]
 
-_NO_TENANTS = TenantReadings([], [], [], [], [], [], [], [], [])
+_NO_TENANTS = TenantReadings.empty()
 _GAPS_PERIOD_S = 1.0
 
 
@@ -53,7 +53,7 @@ def preprocess_slowdown(tenants: TenantReadings) -> float:
     >>> preprocess_slowdown(_NO_TENANTS)
     1.0
     """
-    if not tenants.slowdown_frac:
+    if not len(tenants):
         return 1.0
     waits = [min(lost, 0.95) / (1.0 - min(lost, 0.95)) for lost in tenants.slowdown_frac]
     return 1.0 + sum(waits) / len(waits) / _PAGE_WORK_TOUCHES

@@ -233,7 +233,7 @@ class NodeGpus:
             lost=(measured["lost"] != 0).tolist(),
         )
         for index in [place for place, lost in enumerate(readings.lost) if lost]:
-            for name in readings.__struct_fields__:
+            for name in readings.names:
                 if name not in ("energy_j", "lost"):
                     getattr(readings, name)[index] = 0
         return readings

@@ -23,6 +23,7 @@ import numpy as np
 
 from testbed.coordinator.arbiter import Claims
 from testbed.coordinator.cluster import Layout, Node
+from testbed.core.columns import Columns
 from testbed.core.errors import PolicyError, SpecError, TestbedError
 from testbed.core.messages import (
     PROTOCOL_VERSION,
@@ -37,12 +38,15 @@ from testbed.core.messages import (
     Pong,
     Progress,
     Refused,
+    RelayStatus,
     Report,
     Request,
+    RowReport,
     Stop,
     Submit,
     TenantLimits,
     Welcome,
+    merge,
 )
 from testbed.core.spec import RunSpec
 from testbed.core.transport.base import Hub
@@ -52,13 +56,19 @@ from testbed.core.view import (
     Controller,
     DrainInstance,
     Floats,
+    GpuColumns,
+    InstanceColumns,
     Ints,
     LockClocks,
     Router,
     SetMemoryLimit,
     SetPowerLimit,
+    TenantColumns,
 )
 from testbed.recorder.writer import Recorder
+
+_PHASES = 10
+"""Into how many groups renewals of leases are spread."""
 
 
 @dataclass(slots=True)
@@ -141,6 +151,7 @@ class Coordinator:
         self._next_step_s = [0.0] * len(controllers)
         self._step = 0
         self._beat_s = -np.inf
+        self._relays: dict[str, RelayStatus] = {}
         self.stopping = False
         records.cluster(self.view)
 
@@ -150,6 +161,15 @@ class Coordinator:
         """Take in a message that is due now."""
         node = self.layout.by_name.get(envelope.source)
         body = envelope.body
+        if isinstance(body, Report):
+            self.on_reports(merge([envelope]), envelope.t_s, now_s)
+            return
+        if isinstance(body, RowReport):
+            self.on_reports(body, envelope.t_s, now_s)
+            return
+        if isinstance(body, RelayStatus):
+            self._on_relay(envelope.source, body, now_s)
+            return
         if node is None:
             if isinstance(body, Hello):
                 known = len(self.layout.nodes)
@@ -166,9 +186,7 @@ class Coordinator:
         if envelope.incarnation != node.incarnation:
             return
         node.last_s = now_s
-        if isinstance(body, Report):
-            self._on_report(node, body, envelope.t_s, now_s)
-        elif isinstance(body, Progress):
+        if isinstance(body, Progress):
             self._on_progress(node, body, now_s)
         elif isinstance(body, Gaps):
             self._on_gaps(node, body, envelope.t_s)
@@ -176,6 +194,15 @@ class Coordinator:
             self._on_ack(node, body, now_s)
         elif isinstance(body, Bye):
             self._on_bye(node, body, now_s)
+
+    def _on_relay(self, name: str, status: RelayStatus, now_s: float) -> None:
+        before = self._relays.get(name)
+        self._relays[name] = status
+        if before is None:
+            self._event(now_s, "info", name, "relay", f"passes on {status.nodes} nodes")
+        elif (status.gaps_total, status.dropped_total) > (before.gaps_total, before.dropped_total):
+            text = f"{status.gaps_total} messages missing, {status.dropped_total} dropped so far"
+            self._event(now_s, "warning", name, "gaps", text)
 
     def _on_hello(self, node: Node, incarnation: int, hello: Hello, now_s: float) -> None:
         reason = ""
@@ -223,68 +250,85 @@ class Coordinator:
             now_s,
         )
 
-    def _on_report(self, node: Node, report: Report, t_s: float, now_s: float) -> None:
-        gpus, place = self.layout.gpus, node.gpus
-        readings = report.gpus
-        gpus.t_s[place] = t_s
-        gpus.power_instant_w[place] = readings.power_instant_w
-        gpus.power_avg_w[place] = readings.power_avg_w
-        gpus.power_limit_w[place] = readings.power_limit_w
-        gpus.power_limit_enforced_w[place] = readings.power_limit_enforced_w
-        gpus.energy_j[place] = readings.energy_j
-        gpus.sm_clock_mhz[place] = readings.sm_clock_mhz
-        gpus.temp_c[place] = readings.temp_c
-        gpus.mem_temp_c[place] = readings.mem_temp_c
-        gpus.gpu_busy_frac[place] = readings.gpu_busy_frac
-        gpus.fb_used_bytes[place] = readings.fb_used_bytes
-        gpus.throttle[place] = readings.throttle
-        newly_lost = [
-            local
-            for local, lost in enumerate(readings.lost)
-            if lost and not gpus.lost[place][local]
-        ]
-        gpus.lost[place] = readings.lost
-        instances, where = self.layout.instances, node.instances
-        instances.t_s[where] = t_s
-        instances.num_running[where] = report.instances.num_running
-        instances.num_waiting[where] = report.instances.num_waiting
-        instances.kv_used_frac[where] = report.instances.kv_used_frac
-        instances.prompt_tokens_total[where] = report.instances.prompt_tokens_total
-        instances.output_tokens_total[where] = report.instances.output_tokens_total
-        instances.preemptions_total[where] = report.instances.preemptions_total
-        if node.tenants.stop > node.tenants.start:
-            self._on_tenants(node, report, t_s)
-        self._records.gpus(t_s, range(place.start, place.stop), readings)
+    def on_reports(self, report: RowReport, t_s: float, now_s: float) -> None:
+        """Take in what nodes reported of ``t_s``, however many of them at once."""
+        members = self._senders(report, now_s)
+        if not all(members):
+            report = report.pick([node is not None for node in members])
+        nodes = [node for node in members if node is not None]
+        if not nodes:
+            return
+        gpus, instances, tenants = self.layout.gpus, self.layout.instances, self.layout.tenants
+        gpu = _places([node.gpus.start for node in nodes], report.num_gpus)
+        instance = _places([node.instances.start for node in nodes], report.num_instances)
+        fresh_lost = np.asarray(report.gpus.lost, np.bool_) & ~gpus.lost[gpu]
+        _enter(gpus, gpu, t_s, report.gpus)
+        _enter(instances, instance, t_s, report.instances)
+        self._records.gpus(t_s, gpu, report.gpus)
         self._records.instances(
-            t_s,
-            range(where.start, where.stop),
-            report.instances,
-            instances.outstanding_tokens[where],
+            t_s, instance, report.instances, instances.outstanding_tokens[instance]
         )
-        if report.drift_total > node.drift_total:
-            count = report.drift_total - node.drift_total
+        if len(report.tenants):
+            tenant = _places([node.tenants.start for node in nodes], report.num_tenants)
+            _enter(tenants, tenant, t_s, report.tenants)
+            self._records.tenants(t_s, tenant, report.tenants)
+        lost: dict[int, list[int]] = {}
+        for place in gpu[fresh_lost].tolist():
+            index = int(gpus.node[place])
+            lost.setdefault(index, []).append(place - self.layout.nodes[index].gpus.start)
+        for node, drift_total in zip(nodes, report.drift_total, strict=True):
+            node.last_s = now_s
+            if drift_total != node.drift_total:
+                self._on_drift(node, drift_total, now_s)
+            if not node.live:
+                self._join(node, now_s)
+            elif node.index in lost:
+                self._lose_gpus(node, lost[node.index], now_s)
+
+    def _senders(self, report: RowReport, now_s: float) -> list[Node | None]:
+        """Whose entries these are; None for an earlier life, or where columns do not fit."""
+        members: list[Node | None] = []
+        by_name = self.layout.by_name
+        for name, incarnation, *counts in zip(
+            report.node,
+            report.incarnation,
+            report.num_gpus,
+            report.num_instances,
+            report.num_tenants,
+            strict=True,
+        ):
+            node = by_name.get(name)
+            if node is not None and node.incarnation != incarnation:
+                node = None
+            if node is not None and counts != node.counts:
+                if not node.unfit:
+                    text = f"reports {counts} GPUs, instances and tenants; it has {node.counts}"
+                    self._event(now_s, "error", name, "bad report", text)
+                node.unfit = True
+                node = None
+            members.append(node)
+        return members
+
+    def _on_drift(self, node: Node, drift_total: int, now_s: float) -> None:
+        if drift_total > node.drift_total:
+            count = drift_total - node.drift_total
             text = f"a limit was changed by somebody else and set again ({count} times)"
             self._event(now_s, "warning", node.name, "drift", text)
-        node.drift_total = report.drift_total
-        if not node.live:
-            node.live = True
-            backing = node.tenant_infos[0].backing if node.tenant_infos else ""
-            text = f"life {node.incarnation}" + (f"; memory tenants: {backing}" if backing else "")
-            self._event(now_s, "info", node.name, "joined", text)
-            fresh = self._limit_w[node.gpus] == 0
-            self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
-            self._lease(node, now_s)
-            self._refresh_up(node)
-            self._release_held(now_s)
-        elif newly_lost:
-            self._lose_gpus(node, newly_lost, now_s)
+        node.drift_total = drift_total
 
-    def _on_tenants(self, node: Node, report: Report, t_s: float) -> None:
-        tenants, who = self.layout.tenants, node.tenants
-        tenants.t_s[who] = t_s
-        for name in report.tenants.__struct_fields__:
-            getattr(tenants, name)[who] = getattr(report.tenants, name)
-        self._records.tenants(t_s, range(who.start, who.stop), report.tenants)
+    def _join(self, node: Node, now_s: float) -> None:
+        """A node's reports arrive: it takes part."""
+        node.live = True
+        backing = node.tenant_infos[0].backing if node.tenant_infos else ""
+        text = f"life {node.incarnation}" + (f"; memory tenants: {backing}" if backing else "")
+        self._event(now_s, "info", node.name, "joined", text)
+        fresh = self._limit_w[node.gpus] == 0
+        self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
+        self._lease(node, now_s)
+        # Nodes that joined together renew apart: a burst would hold up what is urgent.
+        node.lease_sent_s -= self.spec.control.lease_s / 3 * (node.index % _PHASES) / _PHASES
+        self._refresh_up(node)
+        self._release_held(now_s)
 
     def _on_gaps(self, node: Node, gaps: Gaps, t_s: float) -> None:
         for local in sorted(set(gaps.instance)):
@@ -661,7 +705,7 @@ class Coordinator:
                 elif now_s - node.lease_sent_s >= control.lease_s / 3 - 1e-9:
                     self._lease(node, now_s)
                     continue
-            if beat:
+            if beat and now_s - node.lease_sent_s >= 1.0:  # else a lease has said the same
                 self._hub.send(node.name, Heartbeat(), now_s)
         self._record_rows(now_s)
 
@@ -696,3 +740,23 @@ class Coordinator:
 
     def _event(self, now_s: float, level: str, source: str, kind: str, text: str) -> None:
         self._records.event(now_s, level, source, kind, text)
+
+
+def _places(starts: list[int], counts: list[int]) -> Ints:
+    """Rows of a column that nodes fill, each from its start.
+
+    >>> _places([4, 0], [2, 3]).tolist()
+    [4, 5, 0, 1, 2]
+    """
+    ends = np.cumsum(counts)
+    shifts: Ints = np.repeat(np.asarray(starts, np.int64) - ends + counts, counts)
+    return shifts + np.arange(len(shifts))
+
+
+def _enter(
+    columns: GpuColumns | InstanceColumns | TenantColumns, rows: Ints, t_s: float, said: Columns
+) -> None:
+    """Write readings into their rows of the view."""
+    columns.t_s[rows] = t_s
+    for name, values in zip(said.names, said.values(), strict=True):
+        getattr(columns, name)[rows] = values

@@ -1,8 +1,9 @@
 """Every message on the wire, defined once and checked on arrival.
 
 A message travels inside an `Envelope`, as MessagePack, typed by msgspec: a wrong type, a missing
-field or an unknown kind is refused by `decode` before any code of ours sees it. Columns are lists
-with one entry per GPU (or instance, tenant, request) in the order that `Hello` or `Welcome` gave.
+field or an unknown kind is refused by `decode` before any code of ours sees it. Columns have one
+entry per GPU (or instance, tenant, request) in the order that `Hello` or `Welcome` gave; readings
+travel packed (`testbed.core.columns`), as they are most of the traffic.
 
 Times are seconds on the run's clock, zero at its start. A message says when it was true or decided
 (`Envelope.t_s`); the receiver lets it act `delay_s` later, the same in virtual and in real time,
@@ -19,15 +20,19 @@ testbed.core.errors.TransportError: bad message of 87 bytes: Input data was trun
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from itertools import compress
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
+from testbed.core.columns import F8, I8, Columns, Flags
 from testbed.core.errors import TransportError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 16 << 20
-"""Longest message a socket accepts. A bank report of 10,000 GPUs is about 1 MB."""
+"""Longest message a socket accepts. A report of 10,000 GPUs is about 0.9 MB."""
 
 
 class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,46 +170,46 @@ class Bye(_Wire, frozen=True, tag=True):
 # Telemetry.
 
 
-class GpuReadings(_Wire, frozen=True):
+class GpuReadings(Columns):
     """One column per quantity, one entry per GPU of the bank."""
 
-    power_instant_w: list[float]
-    power_avg_w: list[float]
-    power_limit_w: list[float]
-    power_limit_enforced_w: list[float]
-    energy_j: list[float]
-    sm_clock_mhz: list[float]
-    temp_c: list[float]
-    mem_temp_c: list[float]
-    gpu_busy_frac: list[float]
-    fb_used_bytes: list[int]
-    throttle: list[int]
-    lost: list[bool]
+    power_instant_w: F8
+    power_avg_w: F8
+    power_limit_w: F8
+    power_limit_enforced_w: F8
+    energy_j: F8
+    sm_clock_mhz: F8
+    temp_c: F8
+    mem_temp_c: F8
+    gpu_busy_frac: F8
+    fb_used_bytes: I8
+    throttle: I8
+    lost: Flags
 
 
-class InstanceReadings(_Wire, frozen=True):
+class InstanceReadings(Columns):
     """One entry per instance of the node."""
 
-    num_running: list[int]
-    num_waiting: list[int]
-    kv_used_frac: list[float]
-    prompt_tokens_total: list[int]
-    output_tokens_total: list[int]
-    preemptions_total: list[int]
+    num_running: I8
+    num_waiting: I8
+    kv_used_frac: F8
+    prompt_tokens_total: I8
+    output_tokens_total: I8
+    preemptions_total: I8
 
 
-class TenantReadings(_Wire, frozen=True):
+class TenantReadings(Columns):
     """One entry per tenant of the node; kernel words, see STYLE's host table."""
 
-    working_set_bytes: list[int]
-    current_bytes: list[int]
-    limit_bytes: list[int]
-    swap_bytes: list[int]
-    major_faults_total: list[int]
-    refaults_total: list[int]
-    pressure_some_frac: list[float]
-    slowdown_frac: list[float]
-    frozen: list[bool]
+    working_set_bytes: I8
+    current_bytes: I8
+    limit_bytes: I8
+    swap_bytes: I8
+    major_faults_total: I8
+    refaults_total: I8
+    pressure_some_frac: F8
+    slowdown_frac: F8
+    frozen: Flags
 
 
 class Report(_Wire, frozen=True, tag=True):
@@ -219,6 +224,103 @@ class Report(_Wire, frozen=True, tag=True):
     """Times a limit was found changed by somebody else and was set again."""
     late_s: float
     """How late the node took this sample, on its own clock."""
+
+
+class RowReport(_Wire, frozen=True, tag=True):
+    """What many nodes reported of one moment, as a relay merges it: an entry per node, and their
+    readings one after the other. ``sequence`` and ``incarnation`` are the nodes' own, so that what
+    was lost on the way to the relay shows at the coordinator too.
+    """
+
+    node: list[str]
+    incarnation: list[int]
+    sequence: list[int]
+    num_gpus: list[int]
+    num_instances: list[int]
+    num_tenants: list[int]
+    gpus: GpuReadings
+    instances: InstanceReadings
+    tenants: TenantReadings
+    lease_epoch: list[int]
+    lease_sequence: list[int]
+    drift_total: list[int]
+    late_s: list[float]
+
+    def is_consistent(self) -> bool:
+        """Whether all columns have the lengths that they say; the wire checks only their types."""
+        count = len(self.node)
+        parts: list[tuple[Columns, list[int]]] = [
+            (self.gpus, self.num_gpus),
+            (self.instances, self.num_instances),
+            (self.tenants, self.num_tenants),
+        ]
+        return all(len(getattr(self, name)) == count for name in _BY_NODE) and all(
+            len(readings) == sum(counts) and min(counts, default=0) >= 0
+            for readings, counts in parts
+        )
+
+    def pick(self, keep: list[bool]) -> RowReport:
+        """The same without some of the nodes."""
+        return msgspec.structs.replace(
+            self,
+            **{name: list(compress(getattr(self, name), keep)) for name in _BY_NODE},
+            gpus=self.gpus.pick(np.repeat(keep, self.num_gpus)),
+            instances=self.instances.pick(np.repeat(keep, self.num_instances)),
+            tenants=self.tenants.pick(np.repeat(keep, self.num_tenants)),
+        )
+
+
+_BY_NODE = [
+    name for name in RowReport.__struct_fields__ if name not in ("gpus", "instances", "tenants")
+]
+
+
+def merge(words: Sequence[Envelope]) -> RowReport:
+    """One report of what several nodes reported of the same moment, in their order.
+
+    Args:
+        words: envelopes that hold a `Report` each, of one ``t_s``.
+    """
+    reports: list[Report] = [word.body for word in words]  # type: ignore[misc]
+    return RowReport(
+        [word.source for word in words],
+        [word.incarnation for word in words],
+        [word.sequence for word in words],
+        [len(report.gpus) for report in reports],
+        [len(report.instances) for report in reports],
+        [len(report.tenants) for report in reports],
+        GpuReadings.join([report.gpus for report in reports]),
+        InstanceReadings.join([report.instances for report in reports]),
+        TenantReadings.join([report.tenants for report in reports]),
+        [report.lease_epoch for report in reports],
+        [report.lease_sequence for report in reports],
+        [report.drift_total for report in reports],
+        [report.late_s for report in reports],
+    )
+
+
+# Relays: between a row of nodes and the coordinator.
+
+
+class Forwarded(_Wire, frozen=True, tag=True):
+    """A control message that a relay passes on as it came: up from a node, or down to one."""
+
+    to: str
+    """The node it is for; empty on the way up, where the message says whose it is."""
+    message: bytes
+
+
+class RelayStatus(_Wire, frozen=True, tag=True):
+    """A relay lives, and its counters so far."""
+
+    nodes: int
+    """Nodes heard from."""
+    received_total: int
+    gaps_total: int
+    """Messages of its nodes that never came to it."""
+    dropped_total: int
+    """Messages that it could not pass on, up or down."""
+    bad_total: int
 
 
 # Serving.
@@ -304,6 +406,9 @@ Body = (
     | Stop
     | Bye
     | Report
+    | RowReport
+    | Forwarded
+    | RelayStatus
     | Submit
     | Progress
     | Gaps
@@ -323,8 +428,26 @@ class Envelope(_Wire, frozen=True):
     body: Body
 
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Envelope)
+def pack_columns(value: Any) -> bytes:
+    """Readings as they travel; what msgspec asks about a type that it does not know."""
+    if isinstance(value, Columns):
+        return value.pack()
+    raise NotImplementedError(f"no message holds a {type(value).__name__}")
+
+
+def unpack_columns(kind: type[Columns], data: Any) -> Columns:
+    """The way back.
+
+    Raises:
+        ValueError: these are no packed readings of that kind.
+    """
+    if not isinstance(data, bytes):
+        raise ValueError(f"expected bytes of {kind.__name__}, got {type(data).__name__}")
+    return kind.unpack(data)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=pack_columns)
+_decoder = msgspec.msgpack.Decoder(Envelope, dec_hook=unpack_columns)
 
 
 def encode(envelope: Envelope) -> bytes:

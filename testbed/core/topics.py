@@ -12,6 +12,7 @@ from testbed.core.messages import (
     Ack,
     Body,
     Bye,
+    Forwarded,
     Gaps,
     Heartbeat,
     Hello,
@@ -20,7 +21,9 @@ from testbed.core.messages import (
     Pong,
     Progress,
     Refused,
+    RelayStatus,
     Report,
+    RowReport,
     Stop,
     Submit,
     TenantLimits,
@@ -35,7 +38,7 @@ class Topic(NamedTuple):
 
     stream: Stream
     """``control`` is two-way and bounded; ``telemetry`` may be dropped, counted."""
-    sender: Literal["node", "coordinator"]
+    sender: Literal["node", "relay", "coordinator"]
     rate: str
     recorded: str
     """Table of the recording that keeps it, or empty."""
@@ -51,6 +54,9 @@ TOPICS: dict[type[Body], Topic] = {
     Stop: Topic("control", "coordinator", "once", "events"),
     Bye: Topic("control", "node", "once", "lateness"),
     Report: Topic("telemetry", "node", "every sample_period_s", "gpus, instances, tenants"),
+    RowReport: Topic("telemetry", "relay", "as Report, for many nodes", "gpus, instances, tenants"),
+    Forwarded: Topic("control", "relay", "per control message of a node behind a relay", ""),
+    RelayStatus: Topic("control", "relay", "every second", "events"),
     Submit: Topic("control", "coordinator", "per request", "requests"),
     Progress: Topic("control", "node", "per first token and end", "requests"),
     Gaps: Topic("control", "node", "every second", "itl"),

@@ -181,8 +181,10 @@ class Recorder:
         self._tenants = self.tables["tenants"]
         self._names: dict[str, tuple[str, ...]] = {}
         self._gpu_period_s = spec.record.gpu_period_s
-        self._gpu_due_s: dict[int, float] = {}
-        self._held: dict[int, tuple[float, Any, GpuReadings]] = {}
+        # By GPU: when it is to be recorded next, and what it said since (NaN: nothing).
+        self._gpu_due_s = np.empty(0)
+        self._held_s = np.empty(0)
+        self._held = np.empty(0, GpuReadings.layout)
         self._flushed = self._started
         self._last_s = 0.0
         self._closed = False
@@ -262,23 +264,37 @@ class Recorder:
     # Telemetry. The hot path: positional, no checks beyond NumPy's.
 
     def gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
-        """A node's report: ``gpu`` are the indices of its GPUs.
+        """What nodes reported: ``gpu`` are the indices of their GPUs.
 
         With ``record.gpu_period_s`` set, a report that comes too soon is held back; the last one
         is kept at the end, so that energy counters cover the whole run.
         """
-        if self._gpu_period_s:
-            bank = int(gpu[0])
-            if t_s < self._gpu_due_s.get(bank, t_s) - 1e-6:
-                self._held[bank] = (t_s, gpu, readings)
-                return
-            self._gpu_due_s[bank] = t_s + self._gpu_period_s
-            self._held.pop(bank, None)
-        self._put_gpus(t_s, gpu, readings)
+        if not self._gpu_period_s:
+            self._put_gpus(t_s, gpu, readings)
+            return
+        gpu = np.asarray(gpu)
+        self._make_room(int(gpu.max(initial=-1)) + 1)
+        due = t_s >= self._gpu_due_s[gpu] - 1e-6
+        if not due.all():
+            early = gpu[~due]
+            self._held_s[early] = t_s
+            self._held[early] = readings.records()[~due]
+            gpu, readings = gpu[due], readings.pick(due)
+        if len(gpu):
+            self._gpu_due_s[gpu] = t_s + self._gpu_period_s
+            self._held_s[gpu] = np.nan
+            self._put_gpus(t_s, gpu, readings)
 
-    def _put_gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
-        self._gpus.append(len(gpu), t_s, gpu, *msgspec.structs.astuple(readings))
-        self._last_s = t_s
+    def _make_room(self, count: int) -> None:
+        more = count - len(self._held)
+        if more > 0:
+            self._gpu_due_s = np.append(self._gpu_due_s, np.full(more, -np.inf))
+            self._held_s = np.append(self._held_s, np.full(more, np.nan))
+            self._held = np.append(self._held, np.zeros(more, GpuReadings.layout))
+
+    def _put_gpus(self, t_s: Any, gpu: Any, readings: GpuReadings) -> None:
+        self._gpus.append(len(gpu), t_s, gpu, *readings.values())
+        self._last_s = float(np.max(t_s))
         if self._gpus.num_rows >= FULL_ROWS:
             self._flush()
 
@@ -286,15 +302,13 @@ class Recorder:
         self, t_s: float, instance: Any, readings: InstanceReadings, outstanding_tokens: Any
     ) -> None:
         """A node's instances, and how many tokens the coordinator holds each to have ahead."""
-        self._instances.append(
-            len(instance), t_s, instance, *msgspec.structs.astuple(readings), outstanding_tokens
-        )
+        self._instances.append(len(instance), t_s, instance, *readings.values(), outstanding_tokens)
         if self._instances.num_rows >= FULL_ROWS:
             self._flush()
 
     def tenants(self, t_s: float, tenant: Any, readings: TenantReadings) -> None:
         """A node's memory tenants."""
-        self._tenants.append(len(tenant), t_s, tenant, *msgspec.structs.astuple(readings))
+        self._tenants.append(len(tenant), t_s, tenant, *readings.values())
         if self._tenants.num_rows >= FULL_ROWS:
             self._flush()
 
@@ -418,8 +432,10 @@ class Recorder:
         if self._closed:
             return
         self._closed = True
-        for held in self._held.values():
-            self._put_gpus(*held)
+        held = np.flatnonzero(~np.isnan(self._held_s))
+        if len(held):
+            readings = GpuReadings.unpack(self._held[held].tobytes())
+            self._put_gpus(self._held_s[held], held, readings)
         wall_s = time.monotonic() - self._started
         for writer in self.tables.values():
             writer.close()

@@ -16,8 +16,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from testbed.core import messages, view
+from testbed.core.columns import Columns
 from testbed.core.errors import TransportError
-from testbed.core.messages import Body, Envelope, Heartbeat, Lease, Stop, decode, encode
+from testbed.core.messages import (
+    Body,
+    Envelope,
+    GpuReadings,
+    Heartbeat,
+    InstanceReadings,
+    Lease,
+    Report,
+    Stop,
+    TenantReadings,
+    decode,
+    encode,
+    merge,
+    pack_columns,
+)
 from testbed.core.topics import TOPICS
 from tests.conftest import ROOT
 
@@ -27,6 +42,7 @@ STRUCTS = [
     for kind in vars(messages).values()
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__struct_fields__
 ]
+READINGS = [GpuReadings, InstanceReadings, TenantReadings]
 COLUMNS = [
     view.GpuColumns,
     view.InstanceColumns,
@@ -52,13 +68,29 @@ def instances_of(hint: object) -> st.SearchStrategy[object]:
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         hints = typing.get_type_hints(hint)
         return st.builds(hint, **{name: instances_of(hints[name]) for name in hints})
+    if isinstance(hint, type) and issubclass(hint, Columns):
+        return readings_of(hint)
     if typing.get_origin(hint) is list:
         return st.lists(instances_of(typing.get_args(hint)[0]), max_size=3)
     if typing.get_origin(hint) is typing.Literal:
         return st.sampled_from(typing.get_args(hint))
     if typing.get_origin(hint) is types.UnionType:
         return st.one_of(*(instances_of(choice) for choice in typing.get_args(hint)))
-    return {float: FINITE, int: INTEGERS, bool: st.booleans(), str: TEXT}[hint]
+    return {float: FINITE, int: INTEGERS, bool: st.booleans(), str: TEXT, bytes: st.binary()}[hint]
+
+
+def readings_of(kind: type[Columns]) -> st.SearchStrategy[Columns]:
+    """Readings of up to three entries, whose columns are of one length."""
+    entries = {"f": FINITE, "i": INTEGERS, "b": st.booleans()}
+    record = st.tuples(*(entries[kind.layout[name].kind] for name in kind.names))
+    return st.lists(record, max_size=3).map(
+        lambda rows: kind(*map(list, zip(*rows, strict=True))) if rows else kind.empty()
+    )
+
+
+def builtins_of(envelope: Envelope) -> object:
+    """What is on the wire, as another library sees it."""
+    return msgspec.to_builtins(envelope, builtin_types=[bytes], enc_hook=pack_columns)
 
 
 ENVELOPES = instances_of(Envelope)
@@ -71,12 +103,12 @@ def test_what_is_decoded_is_what_was_encoded(envelope):
 
 @given(ENVELOPES)
 def test_another_msgpack_library_reads_the_same(envelope):
-    assert msgpack.unpackb(encode(envelope), strict_map_key=False) == msgspec.to_builtins(envelope)
+    assert msgpack.unpackb(encode(envelope), strict_map_key=False) == builtins_of(envelope)
 
 
 @given(ENVELOPES)
 def test_and_what_another_library_writes_is_read_here(envelope):
-    assert decode(msgpack.packb(msgspec.to_builtins(envelope))) == envelope
+    assert decode(msgpack.packb(builtins_of(envelope))) == envelope
 
 
 def test_every_message_has_a_topic_and_every_topic_a_message():
@@ -199,18 +231,93 @@ def test_a_length_that_lies_costs_no_memory():
     assert refused(lying)
 
 
+# Readings.
+
+
+def report_of(readings: GpuReadings) -> Report:
+    return Report(readings, InstanceReadings.empty(), TenantReadings.empty(), 1, 2, 0, 0.0)
+
+
+@given(readings_of(GpuReadings))
+def test_readings_look_the_same_packed_and_not(readings):
+    got = decode(encode(Envelope("n", 1, 1, 0.0, report_of(readings)))).body.gpus
+    assert len(got) == len(readings)
+    for name in readings.names:
+        assert getattr(got, name).tolist() == getattr(readings, name)
+    with pytest.raises(AttributeError):
+        _ = got.no_such_column
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"x" * 90, "90 bytes are no whole number of records of 89"),
+        (b"\x02" * 89, "a flag is neither 0 nor 1, at byte 88 of a record"),
+        ([1.0], "expected bytes of GpuReadings, got list"),
+        (None, "expected bytes of GpuReadings, got NoneType"),
+    ],
+)
+def test_readings_that_cannot_be_are_refused_with_the_place(data, what):
+    empty = GpuReadings.empty()
+    whole = builtins_of(Envelope("n", 1, 1, 0.0, report_of(empty)))
+    whole["body"]["gpus"] = data
+    with pytest.raises(TransportError, match=what):
+        decode(msgpack.packb(whole))
+
+
+def test_columns_of_different_lengths_are_refused_where_they_are_sent():
+    uneven = InstanceReadings([1], [1], [0.5], [1], [1, 2], [0])
+    with pytest.raises(ValueError, match="output_tokens_total: 2 of 1 entries"):
+        uneven.pack()
+    with pytest.raises(TypeError, match="6 columns needed"):
+        InstanceReadings([1], [1])
+    with pytest.raises(TypeError, match="surprise"):
+        InstanceReadings([1], [1], [0.5], [1], [1], surprise=[0])
+
+
+@given(st.lists(readings_of(InstanceReadings), min_size=1, max_size=5), st.randoms())
+def test_joined_readings_are_those_of_all_parts_in_order(parts, chance):
+    """Whether they came over the wire, from this process, or some so and some so."""
+    seen = [
+        InstanceReadings.unpack(part.pack()) if chance.random() < 0.5 else part for part in parts
+    ]
+    joined = InstanceReadings.join(seen)
+    for name in joined.names:
+        expected = [value for part in parts for value in getattr(part, name)]
+        assert list(getattr(joined, name)) == expected
+
+
+@given(st.lists(readings_of(GpuReadings), min_size=1, max_size=4), st.data())
+def test_a_row_report_is_its_nodes_reports(parts, data):
+    words = [
+        Envelope(f"node{k}", 10 + k, 20 + k, 3.0, report_of(part)) for k, part in enumerate(parts)
+    ]
+    row = merge(words)
+    assert row.is_consistent()
+    assert decode(encode(Envelope("row0", 1, 1, 3.0, row))).body == row
+    keep = data.draw(st.lists(st.booleans(), min_size=len(parts), max_size=len(parts)))
+    kept = [word for word, stays in zip(words, keep, strict=True) if stays]
+    picked = row.pick(keep)
+    assert picked == merge(kept) if kept else not picked.node
+    for name in ("sequence", "num_gpus"):
+        longer = [*getattr(row, name), 1]
+        assert not msgspec.structs.replace(row, **{name: longer}).is_consistent()
+
+
 # Names.
 
 
 def floats_of(kind: type) -> list[str]:
     """Names of the fields of a struct or dataclass that hold floats, alone or in a column."""
+    if issubclass(kind, Columns):
+        return [name for name in kind.names if kind.layout[name].kind == "f"]
     if issubclass(kind, msgspec.Struct):
         hints = {name: str(hint) for name, hint in typing.get_type_hints(kind).items()}
         return [name for name, hint in hints.items() if "float" in hint]
     return [field.name for field in fields(kind) if "loat" in str(field.type)]
 
 
-@pytest.mark.parametrize("kind", [*STRUCTS, *COLUMNS], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*STRUCTS, *READINGS, *COLUMNS], ids=lambda kind: kind.__name__)
 def test_every_float_says_its_unit_last(kind):
     for name in floats_of(kind):
         assert name.endswith(tuple(f"_{unit}" for unit in _UNITS)), f"{kind.__name__}.{name}"

@@ -61,7 +61,11 @@ class PeerCounter:
 
     def take(self, envelope: Envelope, stream: Stream) -> bool:
         """Whether to deliver the message; counts it, and what is missing before it."""
-        incarnation, sequence, stats = envelope.incarnation, envelope.sequence, self.stats
+        return self.count(envelope.incarnation, envelope.sequence, stream)
+
+    def count(self, incarnation: int, sequence: int, stream: Stream) -> bool:
+        """The same by its numbers."""
+        stats = self.stats
         if incarnation > self._incarnation:
             self._incarnation = incarnation
             self._last.clear()
