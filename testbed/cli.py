@@ -291,6 +291,30 @@ def node(lose: tuple[str, ...], **options: Any) -> None:
 
 
 @main.command()
+@click.option("--coordinator", required=True, metavar="tcp://HOST:PORT")
+@click.option("--name", required=True, help="Of this relay, as row0/relay.")
+@click.option("--bind", default="tcp://127.0.0.1:0", show_default=True,
+              help="Where its nodes connect to; printed once it listens.")  # fmt: skip
+@click.option("--hold-s", default=0.002, show_default=True,
+              help="Longest wait for the slowest node, below the agreed delay.")  # fmt: skip
+@click.option("--curve-secret", type=click.Path(path_type=Path),
+              help="This relay's secret key file (testbed keys).")  # fmt: skip
+@click.option("--curve-server", type=click.Path(path_type=Path),
+              help="The coordinator's public key file.")  # fmt: skip
+@click.option("--curve-clients", type=click.Path(path_type=Path),
+              help="Folder of its nodes' public keys: nobody else is let in.")  # fmt: skip
+@click.option("--orphan-exit-s", default=float("inf"), show_default=True,
+              help="Leave when the coordinator is silent for this long.")  # fmt: skip
+def relay(**options: Any) -> None:
+    """Merge what a row of nodes reports into one message, and pass on the rest."""
+    rig.relay(
+        rig.RelayOptions(**options),
+        log=lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True),
+        ready=click.echo,
+    )
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("name")
 def keys(folder: Path, name: str) -> None:

@@ -32,6 +32,7 @@ from testbed.recorder.writer import Recorder, new_run_folder, write_summary
 from testbed.shells.live import run_live
 from testbed.shells.node import NodeOptions, curve_of, node, parse_fault, parse_gpus
 from testbed.shells.plant import emulated_bank
+from testbed.shells.relay import RelayOptions, relay
 from testbed.shells.schedule import Parts, Progress, Status
 from testbed.shells.virtual import run_virtual
 from testbed.workloads import open_workload
@@ -39,11 +40,13 @@ from testbed.workloads import open_workload
 __all__ = [
     "NodeOptions",
     "Progress",
+    "RelayOptions",
     "Status",
     "curve_of",
     "node",
     "parse_fault",
     "parse_gpus",
+    "relay",
     "run",
 ]
 

@@ -57,6 +57,8 @@ class Node:
     """When it was last heard from, on the coordinator's clock."""
     lease_sequence: int = 0
     lease_sent_s: float = -np.inf
+    lease_seen_s: float = np.nan
+    """When the last lease really left, by the clock that a client would read."""
     refused: str = ""
     unfit: bool = False
     """It has sent a report that is not laid out like its row of the run file."""

@@ -678,6 +678,7 @@ class Coordinator:
     def _lease(self, node: Node, now_s: float) -> None:
         node.lease_sequence += 1
         node.lease_sent_s = now_s
+        node.lease_seen_s = self._observed_s(now_s)
         self._hub.send(
             node.name,
             Lease(

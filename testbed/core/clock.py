@@ -159,11 +159,11 @@ class LiveScheduler(_Heap):
             wall_s = self.wall_s()
             due_s = heap[0][0] if heap else math.inf
             if due_s <= min(wall_s, until_s):
-                # Arrivals first, now and then: a loop that is behind must not go deaf.
+                # Arrivals first, now and then: a loop that is behind must not go deaf. Counted
+                # from the end of a poll, since one that takes long must not keep what is due waiting.
                 if wall_s - polled_s > 0.002:
                     self._poll(0.0)
-                    polled_s = wall_s
-                    continue
+                    polled_s = self.wall_s()
                 t_s, order, _, _, callback = heapq.heappop(heap)
                 self.now_s = max(self.now_s, t_s)
                 if order != HOUSEKEEPING:

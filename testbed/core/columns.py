@@ -44,6 +44,7 @@ class Columns:
     names: ClassVar[tuple[str, ...]] = ()
     layout: ClassVar[np.dtype[Any]]
     """One record: a field per column, in their order."""
+    _empty: ClassVar[Any]
     _expected: ClassVar[frozenset[str]]
     _flags: ClassVar[tuple[int, ...]]
     """Where in a record a byte must be 0 or 1."""
@@ -69,8 +70,12 @@ class Columns:
 
     @classmethod
     def empty(cls) -> Self:
-        """No entries."""
-        return cls(*([] for _ in cls.names))
+        """No entries: one for all, as nothing can be put in."""
+        made = cls.__dict__.get("_empty")
+        if made is None:
+            made = cls(*(() for _ in cls.names))
+            cls._empty = made
+        return made
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -79,6 +84,8 @@ class Columns:
         Raises:
             ValueError: it cannot be that.
         """
+        if not data:
+            return cls.empty()
         size = cls.layout.itemsize
         if len(data) % size:
             raise ValueError(f"{len(data)} bytes are no whole number of records of {size}")

@@ -141,6 +141,9 @@ class TransportSpec(_Table, frozen=True):
     delay_s: Annotated[float, Meta(ge=0, le=1)] = 0.005
     jitter_s: NotNegative = 0.0
     loss_frac: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    relays: Literal["none", "row"] = "none"
+    """``row``: nodes of an emulated run talk through a relay per row. In virtual time nothing has
+    to be relayed: messages act at the same times either way."""
 
 
 class ControlSpec(_Table, frozen=True):
@@ -333,6 +336,10 @@ def _check(spec: RunSpec) -> None:
         ):
             if value >= count:
                 raise SpecError(f"run spec: fault.{field} = {value} must be below {count}")
+    if spec.transport.relays != "none" and spec.mode == "hardware":
+        raise SpecError(
+            'run spec: transport.relays: start relays by hand (testbed relay) in mode "hardware"'
+        )
     if spec.fault and spec.mode == "hardware":
         raise SpecError("run spec: fault: only emulated GPUs can be told to fail")
     if spec.control.lease_s < 3 * spec.control.sample_period_s:

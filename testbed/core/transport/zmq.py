@@ -69,6 +69,9 @@ _DRAIN_MESSAGES = 1_000
 """Messages taken in per socket and poll, so that no socket starves another or the caller."""
 _SLICE_MESSAGES = 125
 """Reports taken in before control is looked at again: less than a millisecond of them."""
+_BACKLOG = 4_096
+"""Connections that may wait to be accepted: a whole fleet comes back at once after an outage. The
+system bounds it (net.core.somaxconn); what is refused tries again a second later."""
 _CONNECT_MS = 250
 """How long a node waits for its connection when it is made; later, nothing ever waits."""
 _RECONNECT_MAX_MS = 1_000
@@ -256,6 +259,7 @@ class ZmqHub:
 
     def _open(self, kind: int, hwm_messages: int) -> zmq.Socket[bytes]:
         socket = self._io.open(kind, hwm_messages)
+        socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         if self._guard is not None:
             socket.curve_server = True
             socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.encode())
@@ -292,19 +296,18 @@ class ZmqHub:
 
     def send(self, to: str, body: Body, t_s: float) -> bool:
         """Queue a message to a node; False if it is not connected or its queue is full."""
-        data = self._word(to, body, t_s)
+        return self.pass_on(to, self._word(to, body, t_s), t_s)
+
+    def pass_on(self, to: str, data: bytes, t_s: float) -> bool:
+        """Queue a message as somebody else made it; False as for `send`."""
         relay = self._routes.get(to)
         if relay is not None:
             to, data = relay, self._word(relay, Forwarded(to, data), t_s)
-        return self.pass_on(to, data)
+        return self._io.send(self._control, data, to.encode())
 
     def _word(self, to: str, body: Body, t_s: float) -> bytes:
         sequence = self._sequence[to] = self._sequence.get(to, 0) + 1
         return encode(Envelope(COORDINATOR, self.incarnation, sequence, t_s, body))
-
-    def pass_on(self, to: str, data: bytes) -> bool:
-        """Queue a message as it is, which somebody else made; False as for `send`."""
-        return self._io.send(self._control, data, to.encode())
 
     def poll(self, timeout_s: float) -> None:
         """Deliver what has arrived, waiting up to ``timeout_s`` for the first."""
@@ -403,9 +406,9 @@ class ZmqHub:
     def _hand_over(self, envelope: Envelope, stats: StreamStats, now_s: float) -> None:
         _hand_over(envelope, self._delay_s, now_s, stats, self._deliver)
 
-    def watch(self, descriptor: int) -> None:
-        """Have something readable on another file descriptor end the waiting of `poll`."""
-        self._io.watch(descriptor)
+    def wake_for(self, spoke: ZmqSpoke) -> None:
+        """Have what comes to a spoke of this process end the waiting of `poll` too."""
+        self._io.listen(spoke.control)
 
     def close(self) -> None:
         """Release the sockets without waiting for the peers."""
@@ -465,22 +468,22 @@ class ZmqSpoke:
         self._deliver, self._delay_s, self._now_s = deliver, delay_s, now_s
         self._io = _Sockets(curve, host)
         try:
-            self._control = self._open(zmq.DEALER, hwm_messages or _CONTROL_HWM_MESSAGES)
-            self._control.setsockopt(zmq.IDENTITY, name.encode())
+            self.control = self._open(zmq.DEALER, hwm_messages or _CONTROL_HWM_MESSAGES)
+            self.control.setsockopt(zmq.IDENTITY, name.encode())
             telemetry = self._open(zmq.PUB, hwm_messages or _TELEMETRY_HWM_MESSAGES)
             telemetry.setsockopt(zmq.XPUB_NODROP, 1)
             if curve is not None:
-                self._control.curve_serverkey = telemetry.curve_serverkey = server_key
+                self.control.curve_serverkey = telemetry.curve_serverkey = server_key
             telemetry.connect(_join(host, port + 1))
-            self._control.connect(_join(host, port))
+            self.control.connect(_join(host, port))
         except zmq.ZMQError as error:
             self._io.close()
             raise TransportError(
                 f"cannot connect to {connect}: {zmq.strerror(error.errno or 0)}"
             ) from None
-        self._by_stream = {"control": self._control, "telemetry": telemetry}
-        self._io.listen(self._control)
-        self._control.poll(_CONNECT_MS, zmq.POLLOUT)
+        self._by_stream = {"control": self.control, "telemetry": telemetry}
+        self._io.listen(self.control)
+        self.control.poll(_CONNECT_MS, zmq.POLLOUT)
 
     def _open(self, kind: int, hwm_messages: int) -> zmq.Socket[bytes]:
         socket = self._io.open(kind, hwm_messages)
@@ -511,7 +514,7 @@ class ZmqSpoke:
             return
         for _ in range(_DRAIN_MESSAGES):
             try:
-                frames = self._control.recv_multipart(zmq.NOBLOCK)
+                frames = self.control.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             if len(frames) == 1:
