@@ -24,12 +24,12 @@ from testbed.core.messages import (
     NodeConfig,
     Progress,
     Refused,
-    Report,
     Stop,
     Submit,
     TenantLimits,
     TenantReadings,
     Welcome,
+    report,
 )
 
 Send = Callable[[Body, float], bool]
@@ -185,14 +185,14 @@ class NodeDaemon:
             self._serving.preprocess_slowdown = preprocess_slowdown(tenants)
         self._report_progress(now_s)
         self._send(
-            Report(
+            report(
                 self._gpus.read(),
                 self._serving.read(now_s),
                 tenants,
-                self._guard.epoch,
-                self._guard.sequence,
-                self._guard.drift_total,
-                late_s,
+                lease_epoch=self._guard.epoch,
+                lease_sequence=self._guard.sequence,
+                drift_total=self._guard.drift_total,
+                late_s=late_s,
             ),
             now_s,
         )

@@ -215,28 +215,25 @@ class NodeGpus:
     def read(self) -> GpuReadings:
         """All readings now, rounded as NVML rounds them."""
         measured, control = self._state.measured, self._state.control
-        readings = GpuReadings(
-            power_instant_w=(measured["power_instant_mw"] / 1000).tolist(),
-            power_avg_w=(measured["power_average_mw"] / 1000).tolist(),
-            power_limit_w=(control["power_limit_mw"] / 1000).tolist(),
-            power_limit_enforced_w=(self._state.enforced_mw() / 1000).tolist(),
-            energy_j=(measured["energy_mj"] / 1000).tolist(),
-            sm_clock_mhz=measured["sm_clock_mhz"].astype(float).tolist(),
-            temp_c=measured["temp_c"].astype(float).tolist(),
-            mem_temp_c=measured["mem_temp_c"].astype(float).tolist(),
-            gpu_busy_frac=(measured["gpu_util_pct"] / 100).tolist(),
-            # As NVML counts: what the driver keeps for itself is in use too.
-            fb_used_bytes=(
-                measured["memory_used_bytes"] + measured["memory_reserved_bytes"]
-            ).tolist(),
-            throttle=measured["throttle"].tolist(),
-            lost=(measured["lost"] != 0).tolist(),
-        )
-        for index in [place for place, lost in enumerate(readings.lost) if lost]:
-            for name in readings.names:
+        read = np.empty(len(measured), GpuReadings.layout)
+        read["power_instant_w"] = measured["power_instant_mw"] / 1000
+        read["power_avg_w"] = measured["power_average_mw"] / 1000
+        read["power_limit_w"] = control["power_limit_mw"] / 1000
+        read["power_limit_enforced_w"] = self._state.enforced_mw() / 1000
+        read["energy_j"] = measured["energy_mj"] / 1000
+        read["sm_clock_mhz"] = measured["sm_clock_mhz"]
+        read["temp_c"] = measured["temp_c"]
+        read["mem_temp_c"] = measured["mem_temp_c"]
+        read["gpu_busy_frac"] = measured["gpu_util_pct"] / 100
+        # As NVML counts: what the driver keeps for itself is in use too.
+        read["fb_used_bytes"] = measured["memory_used_bytes"] + measured["memory_reserved_bytes"]
+        read["throttle"] = measured["throttle"]
+        read["lost"] = lost = measured["lost"] != 0
+        if lost.any():
+            for name in GpuReadings.names:
                 if name not in ("energy_j", "lost"):
-                    getattr(readings, name)[index] = 0
-        return readings
+                    read[name][lost] = 0
+        return GpuReadings.of(read)
 
     def power_limits_w(self) -> list[float]:
         """The limits asked for last."""

@@ -1,10 +1,10 @@
 """How much a live coordinator takes in, and how fast its commands come back.
 
 The coordinator is the real one, in this process, started as `testbed run` starts it: sockets, the
-packed wire, views, a policy, leases, recording. Its nodes are emulated by a few generator processes,
-which say and answer what a node daemon would, at the same moments, and measure nothing: GPUs that
-report a bank every period, leases that are acknowledged. They keep within this machine (127.0.0.1)
-and leave when the coordinator does, or when it has been silent.
+packed wire, views, a policy, leases, recording. Its nodes are emulated by a few generator
+processes, which say and answer what a node daemon would at the same moments, and measure nothing:
+GPUs that report a bank every period, leases that are acknowledged. They keep within this machine
+(127.0.0.1) and leave when the coordinator does, or when it has been silent.
 
 By default each node has a telemetry connection of its own, as real nodes have; control goes by one
 connection per generator (in `Forwarded`, as through a relay), since a process that polls thousands
@@ -51,6 +51,7 @@ from testbed.core.messages import (
     decode,
     encode,
     merge,
+    report,
 )
 from testbed.core.spec import RunSpec, parse_spec
 from testbed.core.transport.zmq import Curve, ZmqSpoke, generate_keys
@@ -271,7 +272,10 @@ def _start_generators(
     stack: contextlib.ExitStack,
 ) -> list[subprocess.Popen[bytes]]:
     names = spec.node_names()
-    rows = [names[k : k + spec.cluster.nodes_per_row] for k in range(0, len(names), spec.cluster.nodes_per_row)]
+    rows = [
+        names[k : k + spec.cluster.nodes_per_row]
+        for k in range(0, len(names), spec.cluster.nodes_per_row)
+    ]
     shares = [rows[k::count] for k in range(count)] if len(rows) >= count else [[names]]
     crew = []
     for number, share in enumerate(shares):
@@ -328,15 +332,10 @@ class _Template:
     """
 
     def __init__(self, name: str, incarnation: int, instances: InstanceReadings) -> None:
-        gpus = GpuReadings(
-            *([[1.0] * GPUS_PER_NODE] * 9),
-            [1] * GPUS_PER_NODE,
-            [1] * GPUS_PER_NODE,
-            [False] * GPUS_PER_NODE,
-        )
-        report = Report(gpus, instances, TenantReadings.empty(), 1, 1, 0, 0.0)
+        gpus = GpuReadings.of(np.ones(GPUS_PER_NODE, GpuReadings.layout))
+        said = report(gpus, instances, TenantReadings.empty(), lease_epoch=1, lease_sequence=1)
         number, t_s, packed = 1 << 31, 0.1, gpus.pack()
-        whole = encode(Envelope(name, incarnation, number, t_s, report))
+        whole = encode(Envelope(name, incarnation, number, t_s, said))
         self.head, rest = whole.split(b"\xce" + struct.pack(">I", number), 1)
         self.middle, rest = rest.split(b"\xcb" + struct.pack(">d", t_s), 1)
         before, self.tail = rest.split(packed, 1)
@@ -458,10 +457,6 @@ class _Generator:
         tick, nodes = 0, self.job.nodes
         instances = InstanceReadings([3], [0], [0.4], [10_000], [2_000], [0])
         templates = [_Template(name, self.incarnation, instances) for name in nodes]
-        if self.job.merged:
-            send = self._send_merged
-        else:
-            send = lambda t_s, packed: self._send_each(templates, t_s, packed)
         while not self.stopped:
             now_ns = time.monotonic_ns()
             if min(now_ns - self.heard_ns, (now_ns - born_ns) / 15) > _SILENT_EXIT_S * 1e9:
@@ -472,7 +467,10 @@ class _Generator:
                 continue
             t_s = tick * self.period_s
             self._advance()
-            send(t_s, self.readings.tobytes())
+            if self.job.merged:
+                self._send_merged(t_s, self.readings.tobytes())
+            else:
+                self._send_each(templates, t_s, self.readings.tobytes())
             tick += 1
         self._poll(0.2)
         print(
@@ -538,27 +536,13 @@ class _Generator:
         number = round(t_s / self.period_s) + 1
         size = GPUS_PER_NODE * GpuReadings.layout.itemsize
         instances = InstanceReadings([3], [0], [0.4], [10_000], [2_000], [0])
-        instances = InstanceReadings.unpack(instances.pack())
         spoke = next(iter(self.spokes.values()))
+        served = instances.pack()
         for first in range(0, len(self.job.nodes), NODES_PER_ROW):
-            words = [
-                Envelope(
-                    name,
-                    self.incarnation,
-                    number,
-                    t_s,
-                    Report(
-                        GpuReadings.unpack(packed[place * size : (place + 1) * size]),
-                        instances,
-                        TenantReadings.empty(),
-                        1,
-                        1,
-                        0,
-                        0.0,
-                    ),
-                )
-                for place, name in enumerate(self.job.nodes[first : first + NODES_PER_ROW], first)
-            ]
+            words = []
+            for place, name in enumerate(self.job.nodes[first : first + NODES_PER_ROW], first):
+                said = Report(packed[place * size : (place + 1) * size], served, b"", 1, 1, 0, 0.0)
+                words.append(Envelope(name, self.incarnation, number, t_s, said))
             self.reports += len(words)
             self.dropped += not spoke.send(merge(words), t_s)
             self._poll(0.0)

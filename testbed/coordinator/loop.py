@@ -31,8 +31,10 @@ from testbed.core.messages import (
     Bye,
     Envelope,
     Gaps,
+    GpuReadings,
     Heartbeat,
     Hello,
+    InstanceReadings,
     Lease,
     Ping,
     Pong,
@@ -45,6 +47,7 @@ from testbed.core.messages import (
     Stop,
     Submit,
     TenantLimits,
+    TenantReadings,
     Welcome,
     merge,
 )
@@ -261,17 +264,18 @@ class Coordinator:
         gpus, instances, tenants = self.layout.gpus, self.layout.instances, self.layout.tenants
         gpu = _places([node.gpus.start for node in nodes], report.num_gpus)
         instance = _places([node.instances.start for node in nodes], report.num_instances)
-        fresh_lost = np.asarray(report.gpus.lost, np.bool_) & ~gpus.lost[gpu]
-        _enter(gpus, gpu, t_s, report.gpus)
-        _enter(instances, instance, t_s, report.instances)
-        self._records.gpus(t_s, gpu, report.gpus)
-        self._records.instances(
-            t_s, instance, report.instances, instances.outstanding_tokens[instance]
-        )
-        if len(report.tenants):
+        read = GpuReadings.unpack(report.gpus)
+        served = InstanceReadings.unpack(report.instances)
+        fresh_lost = np.asarray(read.lost) & ~gpus.lost[gpu]
+        _enter(gpus, gpu, t_s, read)
+        _enter(instances, instance, t_s, served)
+        self._records.gpus(t_s, gpu, read)
+        self._records.instances(t_s, instance, served, instances.outstanding_tokens[instance])
+        if report.tenants:
+            held = TenantReadings.unpack(report.tenants)
             tenant = _places([node.tenants.start for node in nodes], report.num_tenants)
-            _enter(tenants, tenant, t_s, report.tenants)
-            self._records.tenants(t_s, tenant, report.tenants)
+            _enter(tenants, tenant, t_s, held)
+            self._records.tenants(t_s, tenant, held)
         lost: dict[int, list[int]] = {}
         for place in gpu[fresh_lost].tolist():
             index = int(gpus.node[place])

@@ -160,7 +160,7 @@ class LiveScheduler(_Heap):
             due_s = heap[0][0] if heap else math.inf
             if due_s <= min(wall_s, until_s):
                 # Arrivals first, now and then: a loop that is behind must not go deaf. Counted
-                # from the end of a poll, since one that takes long must not keep what is due waiting.
+                # from the end of a poll: a long one must not keep waiting what is due.
                 if wall_s - polled_s > 0.002:
                     self._poll(0.0)
                     polled_s = self.wall_s()

@@ -1,21 +1,18 @@
-"""Columns of readings: sequences in memory, packed records on the wire.
+"""Columns of readings: one array per quantity in use, packed records on the wire.
 
 A bank report has a dozen quantities for each GPU, and a coordinator takes in hundreds of thousands
-of them a second. As lists, every number would be decoded into an object and checked by itself. So a
-table of readings travels as one binary string of fixed records (little-endian, no padding), is
-checked by its length, and becomes NumPy columns only when somebody looks at one. Joining the
-tables of many nodes is joining their strings.
-
-In memory nothing is packed: a sender fills in lists or arrays, and a receiver in the same process
-reads the very same ones.
+of them a second. As lists, every number would be decoded into an object and checked by itself. So
+a table of readings is an array of fixed records (little-endian, no padding) and travels as its
+bytes; what can be wrong with them is their number. Joining the tables of many nodes is joining
+their bytes.
 
 >>> class Readings(Columns):
 ...     power_w: F8
 ...     lost: Flags
 >>> sent = Readings(power_w=[300.5, 0.0], lost=[False, True])
 >>> got = Readings.unpack(sent.pack())
->>> got == sent, len(got), got.power_w.tolist(), len(got.pack())
-(True, 2, [300.5, 0.0], 18)
+>>> got == sent, len(got), got.power_w.tolist(), got.lost.tolist(), Readings.size_bytes
+(True, 2, [300.5, 0.0], [False, True], 9)
 >>> Readings.unpack(b"four")
 Traceback (most recent call last):
 ...
@@ -25,7 +22,6 @@ ValueError: 4 bytes are no whole number of records of 9
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Annotated, Any, ClassVar, Self, dataclass_transform, get_type_hints
 
 import numpy as np
@@ -34,7 +30,8 @@ from numpy.typing import NDArray
 F8 = Annotated[Sequence[float] | NDArray[np.float64], "<f8"]
 """A column of real numbers. In full precision: live and virtual decisions must not differ."""
 I8 = Annotated[Sequence[int] | NDArray[np.int64], "<i8"]
-Flags = Annotated[Sequence[bool] | NDArray[np.bool_], "?"]
+Flags = Annotated[Sequence[bool] | NDArray[np.bool_], "u1"]
+"""A byte each, of which any but 0 means yes: so no byte is a wrong one."""
 
 
 @dataclass_transform()
@@ -44,114 +41,73 @@ class Columns:
     names: ClassVar[tuple[str, ...]] = ()
     layout: ClassVar[np.dtype[Any]]
     """One record: a field per column, in their order."""
-    _empty: ClassVar[Any]
-    _expected: ClassVar[frozenset[str]]
-    _flags: ClassVar[tuple[int, ...]]
-    """Where in a record a byte must be 0 or 1."""
+    size_bytes: ClassVar[int]
+    """Of a record."""
 
     def __init_subclass__(cls) -> None:
         hints = get_type_hints(cls, include_extras=True)
-        kinds = {
-            k: hint.__metadata__[0] for k, hint in hints.items() if hasattr(hint, "__metadata__")
-        }
-        cls.names = tuple(kinds)
-        cls._expected = frozenset(kinds)
-        cls.layout = np.dtype(list(kinds.items()))
-        offsets: Any = cls.layout.fields
-        cls._flags = tuple(offsets[name][1] for name, kind in kinds.items() if kind == "?")
+        kinds = [
+            (name, hint.__metadata__[0])
+            for name, hint in hints.items()
+            if hasattr(hint, "__metadata__")
+        ]
+        cls.names = tuple(name for name, _ in kinds)
+        cls.layout = np.dtype(kinds)
+        cls.size_bytes = cls.layout.itemsize
 
     def __init__(self, *columns: Any, **named: Any) -> None:
-        mine = self.__dict__
-        mine.update(zip(self.names, columns, strict=False))
-        mine.update(named)
-        if len(columns) + len(named) != len(self.names) or mine.keys() != self._expected:
-            odd = sorted(mine.keys() ^ self._expected)
+        given = dict(zip(self.names, columns, strict=False), **named)
+        if len(columns) + len(named) != len(self.names) or given.keys() != set(self.names):
+            odd = sorted(given.keys() ^ set(self.names))
             raise TypeError(f"{type(self).__name__}: {len(self.names)} columns needed; see {odd}")
+        count = len(given[self.names[0]])
+        self.records = np.empty(count, self.layout)
+        for name, column in given.items():
+            if len(column) != count:
+                raise ValueError(f"{type(self).__name__}.{name}: {len(column)} of {count} entries")
+            self.records[name] = column
 
     @classmethod
-    def empty(cls) -> Self:
-        """No entries: one for all, as nothing can be put in."""
-        made = cls.__dict__.get("_empty")
-        if made is None:
-            made = cls(*(() for _ in cls.names))
-            cls._empty = made
+    def of(cls, records: NDArray[Any]) -> Self:
+        """Columns of an array of records, not copied."""
+        made = cls.__new__(cls)
+        made.records = records
         return made
 
     @classmethod
+    def empty(cls) -> Self:
+        """No entries."""
+        return cls.of(np.empty(0, cls.layout))
+
+    @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """The columns in ``data``, which `pack` made.
+        """The columns in ``data``, which `pack` made; they can be read and not changed.
 
         Raises:
             ValueError: it cannot be that.
         """
-        if not data:
-            return cls.empty()
-        size = cls.layout.itemsize
-        if len(data) % size:
-            raise ValueError(f"{len(data)} bytes are no whole number of records of {size}")
-        for place in cls._flags:
-            if data[place::size].strip(b"\0\1"):
-                raise ValueError(f"a flag is neither 0 nor 1, at byte {place} of a record")
-        made = cls.__new__(cls)
-        made.__dict__["_data"] = data
-        return made
-
-    def __getattr__(self, name: str) -> Any:
-        """A column of packed records, when it is first asked for."""
-        if name not in self.names or "_data" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__} has no {name}")
-        column = self.__dict__[name] = self.records()[name]
-        return column
-
-    def records(self) -> NDArray[Any]:
-        """All columns side by side, as an array of records."""
-        data = self.__dict__.get("_data")
-        if data is not None:
-            return np.frombuffer(data, self.layout)
-        count = len(self)
-        records = np.empty(count, self.layout)
-        for name in self.names:
-            column = getattr(self, name)
-            if len(column) != count:
-                raise ValueError(f"{type(self).__name__}.{name}: {len(column)} of {count} entries")
-            records[name] = column
-        return records
+        if len(data) % cls.size_bytes:
+            raise ValueError(
+                f"{len(data)} bytes are no whole number of records of {cls.size_bytes}"
+            )
+        return cls.of(np.frombuffer(data, cls.layout))
 
     def pack(self) -> bytes:
         """The records as they travel."""
-        data: bytes | None = self.__dict__.get("_data")
-        return self.records().tobytes() if data is None else data
+        return self.records.tobytes()
 
-    def values(self) -> list[Any]:
-        """The columns in order, as they are held: lists, arrays, or views of records."""
-        data = self.__dict__.get("_data")
-        if data is None:
-            return [getattr(self, name) for name in self.names]
-        records = np.frombuffer(data, self.layout)
-        return [records[name] for name in self.names]
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.names:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        column = self.records[name]
+        return column != 0 if column.dtype == np.uint8 else column
 
-    @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        """The entries of all parts, one after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        if any("_data" in part.__dict__ for part in parts):
-            made = cls.__new__(cls)
-            made.__dict__["_data"] = b"".join([part.pack() for part in parts])
-            return made
-        return cls(
-            *(list(chain.from_iterable(c)) for c in zip(*(p.values() for p in parts), strict=True))
-        )
-
-    def pick(self, entries: Any) -> Self:
-        """The entries at these places, or under this mask."""
-        return type(self).unpack(self.records()[entries].tobytes())
+    def values(self) -> list[NDArray[Any]]:
+        """All columns, in their order."""
+        return [getattr(self, name) for name in self.names]
 
     def __len__(self) -> int:
-        data = self.__dict__.get("_data")
-        if data is not None:
-            return len(data) // self.layout.itemsize
-        return len(self.__dict__[self.names[0]])
+        return len(self.records)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.pack() == other.pack()
@@ -159,8 +115,6 @@ class Columns:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        columns = ", ".join(
-            f"{name}={np.asarray(column).tolist()}"
-            for name, column in zip(self.names, self.values(), strict=True)
-        )
-        return f"{type(self).__name__}({columns})"
+        columns = zip(self.names, self.values(), strict=True)
+        text = ", ".join(f"{name}={column.tolist()}" for name, column in columns)
+        return f"{type(self).__name__}({text})"

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -213,11 +213,14 @@ class TenantReadings(Columns):
 
 
 class Report(_Wire, frozen=True, tag=True):
-    """A node's state at ``Envelope.t_s``."""
+    """A node's state at ``Envelope.t_s``. Readings are packed; `report` makes one of columns."""
 
-    gpus: GpuReadings
-    instances: InstanceReadings
-    tenants: TenantReadings
+    gpus: bytes
+    """`GpuReadings`."""
+    instances: bytes
+    """`InstanceReadings`."""
+    tenants: bytes
+    """`TenantReadings`."""
     lease_epoch: int
     lease_sequence: int
     drift_total: int
@@ -225,11 +228,42 @@ class Report(_Wire, frozen=True, tag=True):
     late_s: float
     """How late the node took this sample, on its own clock."""
 
+    def __post_init__(self) -> None:
+        # Written out, since it runs for every report that arrives.
+        if (
+            len(self.gpus) % _GPU_BYTES
+            or len(self.instances) % _INSTANCE_BYTES
+            or len(self.tenants) % _TENANT_BYTES
+        ):
+            raise ValueError("readings are no whole number of records")
+
+
+def report(
+    gpus: GpuReadings,
+    instances: InstanceReadings,
+    tenants: TenantReadings,
+    *,
+    lease_epoch: int = 0,
+    lease_sequence: int = 0,
+    drift_total: int = 0,
+    late_s: float = 0.0,
+) -> Report:
+    """A report of these readings."""
+    return Report(
+        gpus.pack(),
+        instances.pack(),
+        tenants.pack(),
+        lease_epoch,
+        lease_sequence,
+        drift_total,
+        late_s,
+    )
+
 
 class RowReport(_Wire, frozen=True, tag=True):
-    """What many nodes reported of one moment, as a relay merges it: an entry per node, and their
-    readings one after the other. ``sequence`` and ``incarnation`` are the nodes' own, so that what
-    was lost on the way to the relay shows at the coordinator too.
+    """What many nodes reported of one moment: an entry per node, and their readings one after the
+    other. ``sequence`` and ``incarnation`` are the nodes' own, so that what was lost on the way to
+    a relay shows at the coordinator too.
     """
 
     node: list[str]
@@ -238,41 +272,46 @@ class RowReport(_Wire, frozen=True, tag=True):
     num_gpus: list[int]
     num_instances: list[int]
     num_tenants: list[int]
-    gpus: GpuReadings
-    instances: InstanceReadings
-    tenants: TenantReadings
+    gpus: bytes
+    instances: bytes
+    tenants: bytes
     lease_epoch: list[int]
     lease_sequence: list[int]
     drift_total: list[int]
     late_s: list[float]
 
-    def is_consistent(self) -> bool:
-        """Whether all columns have the lengths that they say; the wire checks only their types."""
+    def __post_init__(self) -> None:
         count = len(self.node)
-        parts: list[tuple[Columns, list[int]]] = [
-            (self.gpus, self.num_gpus),
-            (self.instances, self.num_instances),
-            (self.tenants, self.num_tenants),
+        for name in _BY_NODE:
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"{name} has not {count} entries, as node has")
+        for kind, data, counts in self._parts():
+            if len(data) != sum(counts) * kind.size_bytes or min(counts, default=0) < 0:
+                raise ValueError(f"{len(data)} bytes are not the {kind.__name__} that it counts")
+
+    def _parts(self) -> list[tuple[type[Columns], bytes, list[int]]]:
+        return [
+            (GpuReadings, self.gpus, self.num_gpus),
+            (InstanceReadings, self.instances, self.num_instances),
+            (TenantReadings, self.tenants, self.num_tenants),
         ]
-        return all(len(getattr(self, name)) == count for name in _BY_NODE) and all(
-            len(readings) == sum(counts) and min(counts, default=0) >= 0
-            for readings, counts in parts
-        )
 
     def pick(self, keep: list[bool]) -> RowReport:
         """The same without some of the nodes."""
-        return msgspec.structs.replace(
-            self,
-            **{name: list(compress(getattr(self, name), keep)) for name in _BY_NODE},
-            gpus=self.gpus.pick(np.repeat(keep, self.num_gpus)),
-            instances=self.instances.pick(np.repeat(keep, self.num_instances)),
-            tenants=self.tenants.pick(np.repeat(keep, self.num_tenants)),
+        gpus, instances, tenants = (
+            kind.unpack(data).records[np.repeat(keep, counts)].tobytes()
+            for kind, data, counts in self._parts()
         )
+        columns = {name: list(compress(getattr(self, name), keep)) for name in _BY_NODE}
+        return RowReport(gpus=gpus, instances=instances, tenants=tenants, **columns)
 
 
 _BY_NODE = [
     name for name in RowReport.__struct_fields__ if name not in ("gpus", "instances", "tenants")
 ]
+_GPU_BYTES = GpuReadings.size_bytes
+_INSTANCE_BYTES = InstanceReadings.size_bytes
+_TENANT_BYTES = TenantReadings.size_bytes
 
 
 def merge(words: Sequence[Envelope]) -> RowReport:
@@ -286,12 +325,12 @@ def merge(words: Sequence[Envelope]) -> RowReport:
         [word.source for word in words],
         [word.incarnation for word in words],
         [word.sequence for word in words],
-        [len(report.gpus) for report in reports],
-        [len(report.instances) for report in reports],
-        [len(report.tenants) for report in reports],
-        GpuReadings.join([report.gpus for report in reports]),
-        InstanceReadings.join([report.instances for report in reports]),
-        TenantReadings.join([report.tenants for report in reports]),
+        [len(report.gpus) // _GPU_BYTES for report in reports],
+        [len(report.instances) // _INSTANCE_BYTES for report in reports],
+        [len(report.tenants) // _TENANT_BYTES for report in reports],
+        b"".join([report.gpus for report in reports]),
+        b"".join([report.instances for report in reports]),
+        b"".join([report.tenants for report in reports]),
         [report.lease_epoch for report in reports],
         [report.lease_sequence for report in reports],
         [report.drift_total for report in reports],
@@ -428,26 +467,8 @@ class Envelope(_Wire, frozen=True):
     body: Body
 
 
-def pack_columns(value: Any) -> bytes:
-    """Readings as they travel; what msgspec asks about a type that it does not know."""
-    if isinstance(value, Columns):
-        return value.pack()
-    raise NotImplementedError(f"no message holds a {type(value).__name__}")
-
-
-def unpack_columns(kind: type[Columns], data: Any) -> Columns:
-    """The way back.
-
-    Raises:
-        ValueError: these are no packed readings of that kind.
-    """
-    if not isinstance(data, bytes):
-        raise ValueError(f"expected bytes of {kind.__name__}, got {type(data).__name__}")
-    return kind.unpack(data)
-
-
-_encoder = msgspec.msgpack.Encoder(enc_hook=pack_columns)
-_decoder = msgspec.msgpack.Decoder(Envelope, dec_hook=unpack_columns)
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
 
 
 def encode(envelope: Envelope) -> bytes:

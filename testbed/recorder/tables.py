@@ -178,7 +178,7 @@ def _of_struct(struct: type[msgspec.Struct], **kinds: str) -> str:
 
 def _of_columns(readings: type[Columns], **kinds: str) -> str:
     """Columns like those of readings."""
-    default = {"f": "f4", "i": "i8", "b": "bool"}
+    default = {"f": "f4", "i": "i8", "u": "bool"}
     return " ".join(
         f"{name}:{kinds.get(name) or default[readings.layout[name].kind]}"
         for name in readings.names

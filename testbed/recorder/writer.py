@@ -278,8 +278,8 @@ class Recorder:
         if not due.all():
             early = gpu[~due]
             self._held_s[early] = t_s
-            self._held[early] = readings.records()[~due]
-            gpu, readings = gpu[due], readings.pick(due)
+            self._held[early] = readings.records[~due]
+            gpu, readings = gpu[due], GpuReadings.of(readings.records[due])
         if len(gpu):
             self._gpu_due_s[gpu] = t_s + self._gpu_period_s
             self._held_s[gpu] = np.nan
@@ -434,7 +434,7 @@ class Recorder:
         self._closed = True
         held = np.flatnonzero(~np.isnan(self._held_s))
         if len(held):
-            readings = GpuReadings.unpack(self._held[held].tobytes())
+            readings = GpuReadings.of(self._held[held])
             self._put_gpus(self._held_s[held], held, readings)
         wall_s = time.monotonic() - self._started
         for writer in self.tables.values():

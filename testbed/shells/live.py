@@ -97,8 +97,7 @@ def run_live(
         )
         # What is slow the first time happens before the clock starts: files, imports, collection.
         parts.records.flush(now=True)
-        gc.collect()
-        gc.freeze()
+        stack.enter_context(rare_collections())
         started = True
         for name in sorted(greetings):
             desk.coordinator.on_message(greetings[name], 0.0)
@@ -355,6 +354,23 @@ def _node_environment() -> dict[str, str]:
     """Numerical libraries get one thread: nodes share the machine with each other."""
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {**os.environ, **single}
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Garbage collection seldom: what is there now is left out of it, and messages make no cycles.
+
+    By default a loop that takes in thousands of messages a tick collects at every few hundred.
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import os
 import select
@@ -40,7 +39,7 @@ from testbed.core.spec import TenantsSpec
 from testbed.core.transport.zmq import Curve, ZmqSpoke
 from testbed.shells.executed import ExecutedServing
 from testbed.shells.forwarded import ForwardedServing
-from testbed.shells.live import signals_stop
+from testbed.shells.live import rare_collections, signals_stop
 from testbed.shells.plant import tenant_plan
 from testbed.shells.schedule import NodeSchedule
 
@@ -324,8 +323,6 @@ def _serve_node(
     """From welcome to stop, in real time."""
     assert daemon.welcome is not None
     assert daemon.config is not None
-    gc.collect()
-    gc.freeze()
     same_clock = daemon.welcome.boot_id == boot_id()
     loop.restart(daemon.welcome.start_ns - (0 if same_clock else sync.offset_ns))
     period_s = daemon.config.sample_period_s
@@ -344,4 +341,5 @@ def _serve_node(
         shell.sample(now_s, max(0.0, loop.wall_s() - now_s))
 
     loop.call_at(ticks * period_s, PHYSICS, tick)
-    loop.run(until_s=math.inf)
+    with rare_collections():
+        loop.run(until_s=math.inf)

@@ -21,7 +21,6 @@ from testbed.core.messages import (
     Lease,
     Progress,
     Refused,
-    Report,
     Request,
     Submit,
     TenantReadings,
@@ -30,6 +29,7 @@ from testbed.core.messages import (
     encode,
     merge,
 )
+from testbed.core.messages import report as packed
 from testbed.core.spec import parse_spec
 from testbed.core.view import SetPowerLimit
 from testbed.policies.least_loaded import LeastLoaded
@@ -105,7 +105,7 @@ def report(world, node, now_s, life=1, draw_w=300.0, limit_w=700.0, lost=False):
         [50.0] * 2, [50.0] * 2, [1.0] * 2, [1] * 2, [0] * 2, [lost, False],
     )  # fmt: skip
     instances = InstanceReadings([0] * 2, [0] * 2, [0.0] * 2, [0] * 2, [0] * 2, [0] * 2)
-    body = Report(readings, instances, TenantReadings(*([[]] * 9)), 1, 1, 0, 0.0)
+    body = packed(readings, instances, TenantReadings.empty())
     world.on_message(Envelope(node, life, 2, now_s, body), now_s)
 
 
@@ -134,8 +134,8 @@ def test_who_does_not_fit_is_refused_with_the_reason(world):
 
 def test_a_report_that_does_not_fit_its_node_is_ignored_and_said_once(world, tmp_path):
     join(world)
-    body = Report(GpuReadings(*([[900.0] * 3] * 9), [1] * 3, [0] * 3, [False] * 3),
-                  InstanceReadings.empty(), TenantReadings.empty(), 1, 1, 0, 0.0)  # fmt: skip
+    body = packed(GpuReadings(*([[900.0] * 3] * 9), [1] * 3, [0] * 3, [False] * 3),
+                  InstanceReadings.empty(), TenantReadings.empty())  # fmt: skip
     before = world.view.gpus.power_avg_w.copy()
     for sequence in (3, 4):
         world.on_message(Envelope(NODES[0], 1, sequence, 1.0, body), 1.0)
@@ -154,7 +154,7 @@ def test_merged_reports_do_what_single_ones_do(world):
         columns = [[draw_w, draw_w + 1]] * 4 + [[0.0] * 2] * 5
         readings = GpuReadings(*columns, [1] * 2, [0] * 2, [False, False])
         instances = InstanceReadings(*([[3, 4]] * 2), [0.5] * 2, *([[5, 6]] * 3))
-        body = Report(readings, instances, TenantReadings.empty(), 1, 1, 0, 0.0)
+        body = packed(readings, instances, TenantReadings.empty())
         words.append(Envelope(node, life, 3, 2.0, body))
     world.on_message(decode(encode(Envelope("row0/relay", 1, 1, 2.0, merge(words)))), 2.1)
     assert world.view.gpus.power_avg_w.tolist() == [300.0, 300.0, 410.0, 411.0]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import random
 import re
+import struct
 import types
 import typing
 from dataclasses import fields
+from typing import Any
 
 import msgpack
 import msgspec
@@ -26,12 +28,13 @@ from testbed.core.messages import (
     InstanceReadings,
     Lease,
     Report,
+    RowReport,
     Stop,
     TenantReadings,
     decode,
     encode,
     merge,
-    pack_columns,
+    report,
 )
 from testbed.core.topics import TOPICS
 from tests.conftest import ROOT
@@ -65,11 +68,11 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 def instances_of(hint: object) -> st.SearchStrategy[object]:
     """Values of a field's type, structs included."""
+    if hint in (Report, RowReport):
+        return reports() if hint is Report else row_reports()
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         hints = typing.get_type_hints(hint)
         return st.builds(hint, **{name: instances_of(hints[name]) for name in hints})
-    if isinstance(hint, type) and issubclass(hint, Columns):
-        return readings_of(hint)
     if typing.get_origin(hint) is list:
         return st.lists(instances_of(typing.get_args(hint)[0]), max_size=3)
     if typing.get_origin(hint) is typing.Literal:
@@ -79,18 +82,26 @@ def instances_of(hint: object) -> st.SearchStrategy[object]:
     return {float: FINITE, int: INTEGERS, bool: st.booleans(), str: TEXT, bytes: st.binary()}[hint]
 
 
-def readings_of(kind: type[Columns]) -> st.SearchStrategy[Columns]:
-    """Readings of up to three entries, whose columns are of one length."""
-    entries = {"f": FINITE, "i": INTEGERS, "b": st.booleans()}
-    record = st.tuples(*(entries[kind.layout[name].kind] for name in kind.names))
-    return st.lists(record, max_size=3).map(
-        lambda rows: kind(*map(list, zip(*rows, strict=True))) if rows else kind.empty()
-    )
-
-
-def builtins_of(envelope: Envelope) -> object:
+def builtins_of(envelope: Envelope) -> Any:
     """What is on the wire, as another library sees it."""
-    return msgspec.to_builtins(envelope, builtin_types=[bytes], enc_hook=pack_columns)
+    return msgspec.to_builtins(envelope, builtin_types=[bytes])
+
+
+def reports() -> st.SearchStrategy[Report]:
+    """Whole reports: their packed readings have lengths that go together."""
+    packed = {
+        name: st.integers(0, 3)
+        .map(kind.size_bytes.__mul__)
+        .flatmap(lambda n: st.binary(min_size=n, max_size=n))
+        for name, kind in zip(("gpus", "instances", "tenants"), READINGS, strict=True)
+    }
+    return st.builds(Report, **packed, lease_epoch=INTEGERS, lease_sequence=INTEGERS,
+                     drift_total=INTEGERS, late_s=FINITE)  # fmt: skip
+
+
+def row_reports() -> st.SearchStrategy[RowReport]:
+    words = st.builds(Envelope, TEXT, INTEGERS, INTEGERS, st.just(1.0), reports())
+    return st.lists(words, max_size=3).map(merge)
 
 
 ENVELOPES = instances_of(Envelope)
@@ -234,74 +245,109 @@ def test_a_length_that_lies_costs_no_memory():
 # Readings.
 
 
-def report_of(readings: GpuReadings) -> Report:
-    return Report(readings, InstanceReadings.empty(), TenantReadings.empty(), 1, 2, 0, 0.0)
+def columns_of(kind: type[Columns], count: st.SearchStrategy[int]) -> st.SearchStrategy[Columns]:
+    """Readings whose columns are of one length."""
+    entries = {"f": FINITE, "i": INTEGERS, "u": st.booleans()}
+    record = st.tuples(*(entries[kind.layout[name].kind] for name in kind.names))
+    rows = count.flatmap(lambda n: st.lists(record, min_size=n, max_size=n))
+    return rows.map(
+        lambda rows: kind(*map(list, zip(*rows, strict=True))) if rows else kind.empty()
+    )
 
 
-@given(readings_of(GpuReadings))
-def test_readings_look_the_same_packed_and_not(readings):
-    got = decode(encode(Envelope("n", 1, 1, 0.0, report_of(readings)))).body.gpus
-    assert len(got) == len(readings)
-    for name in readings.names:
-        assert getattr(got, name).tolist() == getattr(readings, name)
+def bank(kind: type[Columns]) -> st.SearchStrategy[Columns]:
+    return columns_of(kind, st.integers(0, 3))
+
+
+def report_of(gpus: GpuReadings, instances: InstanceReadings | None = None) -> Report:
+    return report(gpus, instances or InstanceReadings.empty(), TenantReadings.empty())
+
+
+@pytest.mark.parametrize("kind", READINGS)
+@given(st.data())
+def test_readings_are_the_same_after_packing(kind, data):
+    readings = data.draw(bank(kind))
+    got = kind.unpack(readings.pack())
+    assert got == readings
+    assert len(got) == len(readings) == len(readings.pack()) // kind.size_bytes
+    for name in kind.names:
+        assert getattr(got, name).tolist() == getattr(readings, name).tolist()
     with pytest.raises(AttributeError):
         _ = got.no_such_column
+
+
+def test_a_record_has_no_padding_and_names_its_fields_in_order():
+    assert GpuReadings.names[0] == "power_instant_w"
+    assert GpuReadings.layout.names == GpuReadings.names
+    assert GpuReadings.size_bytes == 9 * 8 + 2 * 8 + 1
+    two = GpuReadings(*([[1.5, 2.5]] * 9), [3, 4], [5, 6], [False, True])
+    assert struct.unpack("<9d2qB", two.pack()[:89]) == (*([1.5] * 9), 3, 5, 0)
+    assert struct.unpack("<9d2qB", two.pack()[89:]) == (*([2.5] * 9), 4, 6, 1)
+
+
+def test_any_flag_but_zero_means_yes():
+    data = bytearray(GpuReadings(*([[0.0]] * 9), [0], [0], [True]).pack())
+    data[-1] = 7
+    assert GpuReadings.unpack(bytes(data)).lost.tolist() == [True]
 
 
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (b"x" * 90, "90 bytes are no whole number of records of 89"),
-        (b"\x02" * 89, "a flag is neither 0 nor 1, at byte 88 of a record"),
-        ([1.0], "expected bytes of GpuReadings, got list"),
-        (None, "expected bytes of GpuReadings, got NoneType"),
+        (b"x" * 90, r"no whole number of records - at `\$.body`"),
+        ([1.0], r"Expected `bytes`, got `array` - at `\$.body.gpus`"),
+        (None, r"Expected `bytes`, got `None` - at `\$.body.gpus`"),
     ],
 )
 def test_readings_that_cannot_be_are_refused_with_the_place(data, what):
-    empty = GpuReadings.empty()
-    whole = builtins_of(Envelope("n", 1, 1, 0.0, report_of(empty)))
+    whole = builtins_of(Envelope("n", 1, 1, 0.0, report_of(GpuReadings.empty())))
     whole["body"]["gpus"] = data
     with pytest.raises(TransportError, match=what):
         decode(msgpack.packb(whole))
 
 
-def test_columns_of_different_lengths_are_refused_where_they_are_sent():
-    uneven = InstanceReadings([1], [1], [0.5], [1], [1, 2], [0])
+def test_columns_of_different_lengths_are_refused_where_they_are_made():
     with pytest.raises(ValueError, match="output_tokens_total: 2 of 1 entries"):
-        uneven.pack()
+        InstanceReadings([1], [1], [0.5], [1], [1, 2], [0])
     with pytest.raises(TypeError, match="6 columns needed"):
         InstanceReadings([1], [1])
     with pytest.raises(TypeError, match="surprise"):
         InstanceReadings([1], [1], [0.5], [1], [1], surprise=[0])
 
 
-@given(st.lists(readings_of(InstanceReadings), min_size=1, max_size=5), st.randoms())
-def test_joined_readings_are_those_of_all_parts_in_order(parts, chance):
-    """Whether they came over the wire, from this process, or some so and some so."""
-    seen = [
-        InstanceReadings.unpack(part.pack()) if chance.random() < 0.5 else part for part in parts
-    ]
-    joined = InstanceReadings.join(seen)
-    for name in joined.names:
-        expected = [value for part in parts for value in getattr(part, name)]
-        assert list(getattr(joined, name)) == expected
-
-
-@given(st.lists(readings_of(GpuReadings), min_size=1, max_size=4), st.data())
-def test_a_row_report_is_its_nodes_reports(parts, data):
+@given(st.lists(st.tuples(bank(GpuReadings), bank(InstanceReadings)), min_size=1, max_size=4),
+       st.data())  # fmt: skip
+def test_a_row_report_is_its_nodes_reports_one_after_the_other(parts, data):
     words = [
-        Envelope(f"node{k}", 10 + k, 20 + k, 3.0, report_of(part)) for k, part in enumerate(parts)
+        Envelope(f"node{k}", 10 + k, 20 + k, 3.0, report_of(*part)) for k, part in enumerate(parts)
     ]
     row = merge(words)
-    assert row.is_consistent()
     assert decode(encode(Envelope("row0", 1, 1, 3.0, row))).body == row
+    gpus = GpuReadings.unpack(row.gpus)
+    for name in gpus.names:
+        expected = [value for part, _ in parts for value in getattr(part, name).tolist()]
+        assert getattr(gpus, name).tolist() == expected
     keep = data.draw(st.lists(st.booleans(), min_size=len(parts), max_size=len(parts)))
     kept = [word for word, stays in zip(words, keep, strict=True) if stays]
-    picked = row.pick(keep)
-    assert picked == merge(kept) if kept else not picked.node
-    for name in ("sequence", "num_gpus"):
-        longer = [*getattr(row, name), 1]
-        assert not msgspec.structs.replace(row, **{name: longer}).is_consistent()
+    assert row.pick(keep) == merge(kept)
+
+
+@pytest.mark.parametrize("name", [*RowReport.__struct_fields__])
+def test_a_row_report_with_a_column_too_long_is_refused(name):
+    one = report_of(GpuReadings(*([[1.0]] * 9), [1], [1], [False]))
+    whole = builtins_of(Envelope("row0", 1, 1, 0.0, merge([Envelope("n", 1, 1, 0.0, one)] * 2)))
+    column = whole["body"][name]
+    more = column[:1] if isinstance(column, list) else b"x" * READINGS_BYTES[name]
+    whole["body"][name] = column + more
+    with pytest.raises(TransportError, match="bad message"):
+        decode(msgpack.packb(whole))
+
+
+READINGS_BYTES = {
+    "gpus": GpuReadings.size_bytes,
+    "instances": InstanceReadings.size_bytes,
+    "tenants": TenantReadings.size_bytes,
+}
 
 
 # Names.

@@ -52,9 +52,11 @@ class PeerCounter:
     StreamStats(received_total=2, gaps_total=2, stale_total=1, late_total=0)
     """
 
-    __slots__ = ("_incarnation", "_last", "stats")
+    __slots__ = ("_incarnation", "_last", "key", "stats")
 
-    def __init__(self) -> None:
+    def __init__(self, key: str = "") -> None:
+        self.key = key
+        """Public key that the peer's name belongs to; empty where there are no keys."""
         self.stats = StreamStats()
         self._incarnation = -1
         self._last: dict[Stream, int] = {}

@@ -232,7 +232,6 @@ class ZmqHub:
         self.stats: dict[str, StreamStats] = {}
         self.incarnation = time.time_ns() if incarnation is None else incarnation
         self._counters: dict[str, PeerCounter] = {}
-        self._keys: dict[str, str] = {}
         self._sequence: dict[str, int] = {}
         self._routes: dict[str, str] = {}
         """Which relay a node is behind."""
@@ -343,68 +342,63 @@ class ZmqHub:
         if envelope is None:
             return
         name, body = envelope.source, envelope.body
-        if (
-            TOPICS[type(body)].stream != stream
-            or (stream == "control" and name.encode() != frames[0])
-            or not self._is_of(name, key)
+        if TOPICS[type(body)].stream != stream or (
+            stream == "control" and name.encode() != frames[0]
         ):
             self._io.bad_total += 1
             return
-        counter = self._counter(name)
-        if not counter.take(envelope, stream):
-            return
-        if isinstance(body, Forwarded):
+        counter = self._counters.get(name) or self._meet(name, key)
+        if counter.key != key:
+            self._io.bad_total += 1
+        elif not counter.take(envelope, stream):
+            pass
+        elif isinstance(body, Forwarded):
             self._take_forwarded(name, body.message, key, now_s)
         elif isinstance(body, RowReport):
             self._take_row(envelope, body, key, now_s)
         else:
             if stream == "control":
                 self._routes.pop(name, None)
-            self._hand_over(envelope, counter.stats, now_s)
+            _hand_over(envelope, self._delay_s, now_s, counter.stats, self._deliver)
 
     def _take_forwarded(self, relay: str, data: bytes, key: str, now_s: float) -> None:
         """What a node said through a relay; it has the relay's key from then on."""
         envelope = self._io.read(data)
         if envelope is None:
             return
-        name, body = envelope.source, envelope.body
-        topic = TOPICS[type(body)]
-        if (topic.stream, topic.sender) != ("control", "node") or not self._is_of(name, key):
+        name = envelope.source
+        topic = TOPICS[type(envelope.body)]
+        if (topic.stream, topic.sender) != ("control", "node"):
+            self._io.bad_total += 1
+            return
+        counter = self._counters.get(name) or self._meet(name, key)
+        if counter.key != key:
             self._io.bad_total += 1
             return
         self._routes[name] = relay
-        counter = self._counter(name)
         if counter.take(envelope, "control"):
-            self._hand_over(envelope, counter.stats, now_s)
+            _hand_over(envelope, self._delay_s, now_s, counter.stats, self._deliver)
 
     def _take_row(self, envelope: Envelope, row: RowReport, key: str, now_s: float) -> None:
         """What many nodes reported through a relay: each counts for itself."""
-        if not row.is_consistent():
-            self._io.bad_total += 1
-            return
-        keep = [
-            self._is_of(name, key) and self._counter(name).count(incarnation, number, "telemetry")
-            for name, incarnation, number in zip(
-                row.node, row.incarnation, row.sequence, strict=True
-            )
-        ]
+        keep = []
+        for name, incarnation, number in zip(row.node, row.incarnation, row.sequence, strict=True):
+            counter = self._counters.get(name) or self._meet(name, key)
+            if counter.key != key:
+                self._io.bad_total += 1
+                keep.append(False)
+            else:
+                keep.append(counter.count(incarnation, number, "telemetry"))
         if not all(keep):
             envelope = msgspec.structs.replace(envelope, body=row.pick(keep))
-        self._hand_over(envelope, self._counter(envelope.source).stats, now_s)
-
-    def _is_of(self, name: str, key: str) -> bool:
-        """Whether a name belongs to this key: that of who used it first."""
-        return self._keys.setdefault(name, key) == key
-
-    def _counter(self, name: str) -> PeerCounter:
-        counter = self._counters.get(name)
-        if counter is None:
-            counter = self._counters[name] = PeerCounter()
-            self.stats[name] = counter.stats
-        return counter
-
-    def _hand_over(self, envelope: Envelope, stats: StreamStats, now_s: float) -> None:
+        stats = self._counters[envelope.source].stats
         _hand_over(envelope, self._delay_s, now_s, stats, self._deliver)
+
+    def _meet(self, name: str, key: str) -> PeerCounter:
+        """Somebody speaks for the first time: the name belongs to this key from now on."""
+        counter = self._counters[name] = PeerCounter(key)
+        self.stats[name] = counter.stats
+        return counter
 
     def wake_for(self, spoke: ZmqSpoke) -> None:
         """Have what comes to a spoke of this process end the waiting of `poll` too."""
