@@ -95,7 +95,7 @@ _UNITS = {
     "priority": "rank",
     "throttle": "mask of NVML clocks event reasons",
     "bin": "index of an ITL bin",
-    "value": "W, MHz, bytes, or 0 and 1, by kind; a placement by tables.placement_code",
+    "value": "W, MHz, bytes, or 0 and 1, by kind",
     "model": "index in model_index",
     "state": "0 off, 1 starting, 2 up, 3 draining",
     "request_id": "identifier",
