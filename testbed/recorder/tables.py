@@ -382,6 +382,21 @@ def placement_code(placement: Placement) -> float:
     return float(code * 10 + PRECISIONS.index(placement.precision))
 
 
+def placement_words(code: float) -> str:
+    """What `placement_code` says, for people.
+
+    >>> placement_words(420070011.0), placement_words(0.0), placement_words(-1.0)
+    ('tp2 fp8 at GPU 4, model 1, pool 7', 'nothing', 'no more to say')
+    """
+    if code <= 0:
+        return "nothing" if code == 0 else "no more to say"
+    rest, precision = divmod(int(code), 10)
+    rest, model = divmod(rest, 1000)
+    rest, pool = divmod(rest, 1000)
+    first, tp = divmod(rest, 10)
+    return f"tp{tp} {PRECISIONS[precision]} at GPU {first}, model {model}, pool {pool}"
+
+
 def flatten(command: Command) -> Flat:
     """A command as one row per target.
 

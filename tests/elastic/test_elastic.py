@@ -10,6 +10,8 @@ import pytest
 
 from emulators.models import load_model, quality_frac
 from testbed import rig
+from testbed.analysis.export import export
+from testbed.analysis.report import report_html
 from testbed.core.errors import PolicyError, SpecError
 from testbed.core.spec import load_spec, parse_spec
 from testbed.core.view import DRAINING, OFF, STARTING, UP
@@ -168,6 +170,29 @@ def test_replay_shows_policies_the_layouts_of_then(planned):
     assert tick.view.models == ("llama-2-70b", "llama-2-13b")
     declared = quality_frac(load_model("llama-2-13b"), "fp8")
     assert tick.view.model_quality_frac[1, 1] == declared < tick.view.model_quality_frac[0, 0]
+
+
+def test_the_summary_says_what_instances_took_and_gave(planned):
+    layout = summary_of(planned)["layout"]
+    assert (layout["starts"], layout["stops"], layout["moved_requests"]) == (5, 3, 8)
+    end_s = summary_of(planned)["duration_s"]
+    # GPUs of node 0 all along, of node 1 from 3.1 s; 4 of 8 from 16.8 s; the last 2 until 20 s.
+    expected = 8 * end_s + 8 * (16.8 - 3.1) + 4 * (18.1 - 16.8) + 2 * (20.0 - 18.1)
+    assert layout["gpu_s"] == pytest.approx(expected, abs=2.5)
+    table = columns(planned, "requests")
+    small = (table["instance"] == 10).sum()
+    quality = [quality_frac(load_model(name), "bf16") for name in ("llama-2-70b", "llama-2-13b")]
+    assert small > 0
+    low = (len(table["instance"]) - small) * quality[0] + small * 0.997 * quality[1]
+    assert layout["quality_mean_frac"] == pytest.approx(low / len(table["instance"]), rel=1e-6)
+
+
+def test_the_report_and_the_exports_can_be_made(planned, tmp_path):
+    page = report_html(Recording.open(planned))
+    assert "tp4 bf16 at GPU 4, model 0, pool 0" in page
+    assert "starting llama-2-70b tp8" in page
+    for kind in ("csv", "perfetto", "prometheus"):
+        export(planned, kind, tmp_path / kind)
 
 
 def test_one_seed_writes_the_same_bytes(planned, tmp_path):
