@@ -18,7 +18,7 @@ from testbed.core.view import DRAINING, OFF, STARTING, UP
 from testbed.policies.load import load_controller
 from testbed.recorder.reader import Recording
 from testbed.recorder.replay import replay, ticks
-from tests.conftest import cli, table_hashes
+from tests.conftest import ROOT, cli, table_hashes
 
 HERE = Path(__file__).parent
 SPEC = HERE / "elastic.toml"
@@ -358,6 +358,20 @@ def test_a_queue_by_deadline_serves_the_hurried_first(tmp_path):
         attained[by] = np.median((table["first_token_s"] - table["arrival_s"])[fast])
         assert (table["status"] == "completed").all()
     assert attained["deadline"] < 0.7 * attained["arrival"]
+
+
+def test_the_policy_in_the_guide_scales_out_and_in(tmp_path):
+    source = ROOT / "docs" / "scale_out.py"
+    assert source.read_text() in (ROOT / "docs" / "write-a-policy.md").read_text()
+    policy = f"policy=[{{ use = '{source}', params = {{ high_tokens = 10000.0 }} }}]"
+    busy = ("workload.rate_rps=30", "duration_s=30", "drain_s=60")
+    out = run(tmp_path, *busy, policy=policy)
+    assert [state for state, _, _ in states(out, 8)] == [OFF, STARTING, UP]
+    back = run(tmp_path, "pool.0.nodes=all", "workload.rate_rps=1", policy=policy)
+    assert [state for state, _, _ in states(back, 8)][-1] == OFF
+    for folder in (out, back):
+        requests = summary_of(folder)["requests"]
+        assert requests["arrived"] == requests["completed"]
 
 
 # What is refused.
