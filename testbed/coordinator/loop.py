@@ -318,6 +318,8 @@ class Coordinator:
             self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
             self._lease(node, now_s)
             self._tune_again(node, now_s)
+            if report.slots.layout_sequence < node.layout_sequence:
+                self._tell_layout(node, now_s)  # it was welcomed with an older one
             self._refresh_up(node)
             self._release_held(now_s)
         elif newly_lost:
@@ -731,19 +733,21 @@ class Coordinator:
         arranged = set()
         for index in asked:
             node = self.layout.nodes[index]
-            how = self._arranging.settle(node)
-            if how is None:
+            if not self._arranging.settle(node):
                 continue
             arranged.add(index)
             if node.live:
-                arrange = Arrange(node.layout_sequence, node.configs, how)
-                self._hub.send(node.name, arrange, now_s)
+                self._tell_layout(node, now_s)
             self._forget_quick(node)
             self._refresh_up(node)
             words = [f"{c.model} tp{c.tp} at GPU {c.gpus[0]}" for c in node.configs]
-            text = f"{how}: {', '.join(words) or 'nothing'}"
+            text = f"{node.layout_how}: {', '.join(words) or 'nothing'}"
             self._event(now_s, "info", node.name, "layout", text)
         return arranged
+
+    def _tell_layout(self, node: Node, now_s: float) -> None:
+        arrange = Arrange(node.layout_sequence, node.configs, node.layout_how)
+        self._hub.send(node.name, arrange, now_s)
 
     def _forget_quick(self, node: Node) -> None:
         """What was asked of instances that are to leave is not asked of those that follow."""
