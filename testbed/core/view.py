@@ -230,8 +230,9 @@ class SetLayout:
     same precision on overlapping GPUs, it is re-sharded: its requests are handed back at once and
     the new instances serve some 0.1 s later (docs/decisions/0040).
 
-    The last layout said for a node stands; of several policies that of the highest precedence
-    holds, then that of the policy listed first. A ``layout`` of None takes a policy's word back.
+    A placement on a lost GPU stays empty. The last layout said for a node stands; of several
+    policies that of the highest precedence holds, then that of the policy listed first. A
+    ``layout`` of None takes a policy's word back.
     """
 
     node: int
