@@ -11,6 +11,7 @@ from emulators.server import ServerBank
 from emulators.state import GpuState
 from testbed.coordinator.cluster import Layout
 from testbed.coordinator.loop import Coordinator
+from testbed.core.errors import PolicyError
 from testbed.core.messages import (
     Arrange,
     Delays,
@@ -291,6 +292,24 @@ def test_between_equals_the_policy_listed_first_holds_the_node(world):
     mine.next = [SetLayout(0, None)]
     world.control(3.0)
     assert [one.tp for one in world.fake.of(Arrange)[-1].instances] == [4]
+
+
+def test_a_server_behind_a_url_cannot_be_told(tmp_path):
+    spec = parse_spec(
+        'mode = "hardware"\nforward = "http://localhost:1"\n[[policy]]\nuse = "mine"\n'
+        "[cluster]\ngpus_per_node = 1\n[[pool]]\ngpus_per_node = 1"
+    )
+    says = Says()
+    with Recorder(tmp_path / "run", spec=spec) as records:
+        made = Coordinator(spec, FakeHub(), records, [says], LeastLoaded(), run_id="r")
+        for command, message in (
+            (SetBatch(np.array([0]), 8), "SetBatch: a server behind a URL cannot be told"),
+            (SetLayout(0, ()), "needs cluster.elastic = true"),
+        ):
+            says.next = [command]
+            with pytest.raises(PolicyError, match=message):
+                made.control(1.0)
+            made = Coordinator(spec, FakeHub(), records, [says], LeastLoaded(), run_id="r")
 
 
 def test_fixed_runs_are_laid_out_as_before():
