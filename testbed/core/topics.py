@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from testbed.core.messages import (
     Ack,
+    Arrange,
     Body,
     Bye,
     Forwarded,
@@ -23,10 +24,12 @@ from testbed.core.messages import (
     Refused,
     RelayStatus,
     Report,
+    Returned,
     RowReport,
     Stop,
     Submit,
     TenantLimits,
+    Tune,
     Welcome,
 )
 
@@ -59,8 +62,11 @@ TOPICS: dict[type[Body], Topic] = {
     RelayStatus: Topic("control", "relay", "every second", "events"),
     Submit: Topic("control", "coordinator", "per request", "requests"),
     Progress: Topic("control", "node", "per first token and end", "requests"),
+    Returned: Topic("control", "node", "when requests are given up", "moves"),
     Gaps: Topic("control", "node", "every second", "itl"),
     Lease: Topic("control", "coordinator", "lease_s / 3, and on change", "commands"),
     TenantLimits: Topic("control", "coordinator", "on change", "commands"),
+    Arrange: Topic("control", "coordinator", "on change", "commands, layout"),
+    Tune: Topic("control", "coordinator", "on change", "commands"),
     Ack: Topic("control", "node", "answers Lease", "events"),
 }

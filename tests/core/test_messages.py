@@ -29,6 +29,7 @@ from testbed.core.messages import (
     Lease,
     Report,
     RowReport,
+    SlotReadings,
     Stop,
     TenantReadings,
     decode,
@@ -56,6 +57,12 @@ COLUMNS = [
     view.LockClocks,
     view.SetMemoryLimit,
     view.DrainInstance,
+    view.Placement,
+    view.SetLayout,
+    view.SetBatch,
+    view.OrderQueue,
+    view.RecallWaiting,
+    view.Squash,
 ]
 
 _UNITS = ("s", "w", "j", "c", "mhz", "bytes", "tokens", "rps", "tps", "hz", "frac", "count")
@@ -82,7 +89,7 @@ def instances_of(hint: object) -> st.SearchStrategy[object]:
     return {float: FINITE, int: INTEGERS, bool: st.booleans(), str: TEXT, bytes: st.binary()}[hint]
 
 
-def builtins_of(envelope: Envelope) -> Any:
+def builtins_of(envelope: msgspec.Struct) -> Any:
     """What is on the wire, as another library sees it."""
     return msgspec.to_builtins(envelope, builtin_types=[bytes])
 
@@ -96,7 +103,8 @@ def reports() -> st.SearchStrategy[Report]:
         for name, kind in zip(("gpus", "instances", "tenants"), READINGS, strict=True)
     }
     return st.builds(Report, **packed, lease_epoch=INTEGERS, lease_sequence=INTEGERS,
-                     drift_total=INTEGERS, late_s=FINITE)  # fmt: skip
+                     drift_total=INTEGERS, late_s=FINITE,
+                     slots=st.none() | instances_of(SlotReadings))  # fmt: skip
 
 
 def row_reports() -> st.SearchStrategy[RowReport]:
@@ -259,8 +267,13 @@ def bank(kind: type[Columns]) -> st.SearchStrategy[Columns]:
     return columns_of(kind, st.integers(0, 3))
 
 
-def report_of(gpus: GpuReadings, instances: InstanceReadings | None = None) -> Report:
-    return report(gpus, instances or InstanceReadings.empty(), TenantReadings.empty())
+def report_of(gpus: GpuReadings, instances: InstanceReadings | None = None, slots=None) -> Report:
+    return report(gpus, instances or InstanceReadings.empty(), TenantReadings.empty(), slots=slots)
+
+
+def slots_of(node: int) -> SlotReadings | None:
+    """Every second node is elastic."""
+    return SlotReadings(node, [node], [1], [0.5]) if node % 2 else None
 
 
 @pytest.mark.parametrize("kind", READINGS)
@@ -319,7 +332,8 @@ def test_columns_of_different_lengths_are_refused_where_they_are_made():
        st.data())  # fmt: skip
 def test_a_row_report_is_its_nodes_reports_one_after_the_other(parts, data):
     words = [
-        Envelope(f"node{k}", 10 + k, 20 + k, 3.0, report_of(*part)) for k, part in enumerate(parts)
+        Envelope(f"node{k}", 10 + k, 20 + k, 3.0, report_of(*part, slots_of(k)))
+        for k, part in enumerate(parts)
     ]
     row = merge(words)
     assert decode(encode(Envelope("row0", 1, 1, 3.0, row))).body == row
@@ -337,8 +351,12 @@ def test_a_row_report_with_a_column_too_long_is_refused(name):
     one = report_of(GpuReadings(*([[1.0]] * 9), [1], [1], [False]))
     whole = builtins_of(Envelope("row0", 1, 1, 0.0, merge([Envelope("n", 1, 1, 0.0, one)] * 2)))
     column = whole["body"][name]
-    more = column[:1] if isinstance(column, list) else b"x" * READINGS_BYTES[name]
-    whole["body"][name] = column + more
+    if isinstance(column, dict):
+        column[2] = builtins_of(SlotReadings(1, [1], [1], [0.0]))
+    elif isinstance(column, list):
+        column.append(column[0])
+    else:
+        whole["body"][name] += b"x" * READINGS_BYTES[name]
     with pytest.raises(TransportError, match="bad message"):
         decode(msgpack.packb(whole))
 
