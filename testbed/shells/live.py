@@ -36,6 +36,8 @@ _WARM_DELAY_S = 20.0
 """The same where nodes first load real models and warm their kernels."""
 _START_DELAY_S = 0.5
 """From the last hello to the run's zero: time for every node to get ready."""
+_WELCOME_S = 4e-4
+"""And for each node to be welcomed: 8,000 take about a second on half a core."""
 
 
 def run_live(
@@ -79,6 +81,7 @@ def run_live(
         stack.callback(crew.close)
         _gather(spec, hub, greetings, crew, parts.progress)
         delay_s = _WARM_DELAY_S if spec.mode == "hardware" else _START_DELAY_S
+        delay_s += _WELCOME_S * len(names)
         start_ns = time.monotonic_ns() + int(delay_s * 1e9)
         loop.start_ns = start_ns
         desk = Desk(parts, loop)
@@ -153,9 +156,12 @@ class _Wire:
         self._cpu_s = (time.process_time() - process_s, time.thread_time() - thread_s)
 
     def answered(self, coordinator: Coordinator, source: str, ack: Ack) -> None:
-        """A node has answered a lease: how long was that after it left?"""
+        """A node has answered a lease: how long was that after it left?
+
+        First leases do not count: they leave all at once, when all nodes join.
+        """
         node = coordinator.layout.by_name.get(source)
-        if node is not None and ack.sequence == node.lease_sequence:
+        if node is not None and 1 < ack.sequence == node.lease_sequence:
             self._trips.add(self._loop.wall_s() - node.lease_seen_s)
 
     def facts(self, hub: ZmqHub) -> dict[str, float]:
