@@ -218,6 +218,93 @@ gpu_period_s = {gpu_period_s}
     )
 
 
+def bench_lateness(
+    instances: int = 200,
+    *,
+    per_node: int = 50,
+    rate_rps: float = 3.0,
+    seconds: float = 10.0,
+    collapse: bool = True,
+    realtime: bool = False,
+) -> dict[str, Any]:
+    """Run emulated nodes that share one core, under load, and say how late they were.
+
+    It is an ordinary emulated run; only its nodes are kept on one core, and the coordinator on the
+    others. Lateness is the nodes' own account: of every callback of their loops, iterations,
+    messages and samples alike.
+
+    Args:
+        instances: serving instances on the core, of one GPU each.
+        per_node: how many of them in one node process.
+        rate_rps: requests/s of an instance.
+        seconds: length of the run.
+        collapse: nodes wake once for a run of alike iterations; otherwise for each.
+        realtime: nodes have real-time priority.
+
+    Raises:
+        SpecError: the numbers make no sense.
+    """
+    if not 1 <= per_node <= 64:
+        raise SpecError(f"bench: per_node = {per_node} must be 1 to 64")
+    if not 1 <= instances <= 1000 or instances % per_node:
+        raise SpecError(
+            f"bench: instances = {instances} must be a multiple of per_node = {per_node} up to 1000"
+        )
+    if not 0.0 < rate_rps <= 100.0 or not 1.0 <= seconds <= _LIFE_MAX_S:
+        raise SpecError(
+            f"bench: rate_rps = {rate_rps:g} must be in (0, 100], seconds = {seconds:g} from 1 to "
+            f"{_LIFE_MAX_S:g}"
+        )
+    spec = parse_spec(
+        f"""
+name = "lateness"
+mode = "emulated"
+duration_s = {seconds}
+[cluster]
+nodes_per_row = {instances // per_node}
+gpus_per_node = {per_node}
+[[pool]]
+gpus_per_node = {per_node}
+engine.collapse = {str(collapse).lower()}
+[control]
+realtime = {str(realtime).lower()}
+[workload]
+source = "poisson"
+rate_rps = {rate_rps * instances}
+max_prompt_tokens = 4096
+"""
+    )
+    load = os.getloadavg()[0]
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)
+
+    def apart(status: rig.Status) -> None:
+        if len(cores) > 1:
+            os.sched_setaffinity(0, cores[1:])  # the nodes are there by now, and have the first
+
+    with tempfile.TemporaryDirectory(prefix="testbed-bench-") as folder:
+        os.sched_setaffinity(0, cores[:1])
+        try:
+            run = rig.run(spec, Path(folder), progress=apart)
+        finally:
+            os.sched_setaffinity(0, before)
+        rows = Recording.open(run).table("lateness").to_pylist()
+        nodes = [row for row in rows if row["source"] != "coordinator"]
+        span_s = max(row["t_s"] for row in rows)
+        return {
+            "instances": instances,
+            "nodes": len(nodes),
+            "collapse": collapse,
+            "realtime": realtime,
+            "events": sum(row["events"] for row in nodes),
+            "events_per_s": sum(row["events"] for row in nodes) / span_s,
+            "late_p50_s": float(np.median([row["late_p50_s"] for row in nodes])),
+            "late_p99_s": max(row["late_p99_s"] for row in nodes),
+            "late_max_s": max(row["late_max_s"] for row in nodes),
+            "load_before": load,
+        }
+
+
 def _keys(folder: Path) -> tuple[Path, Path, Path]:
     """The coordinator's secret and public key files, and the folder of those it lets in."""
     public, secret = generate_keys(folder / "keys", "coordinator")

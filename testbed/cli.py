@@ -31,6 +31,7 @@ from testbed.analysis.fidelity import compare as compare_with_measured
 from testbed.analysis.fidelity_figures import write_page, write_svg
 from testbed.analysis.report import write_report
 from testbed.bench import bench_engine
+from testbed.bench_live import bench_intake, bench_lateness
 from testbed.calibrate import calibrate, load_profile, validate, write_profile
 from testbed.core.errors import DeviceError, SpecError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
@@ -281,6 +282,7 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
               help="The coordinator's public key file.")  # fmt: skip
 @click.option("--orphan-exit-s", default=float("inf"), show_default=True,
               help="Leave when the coordinator is silent for this long.")  # fmt: skip
+@click.option("--realtime", is_flag=True, help="Ask for real-time priority (SCHED_FIFO).")
 @click.option("--allow-hardware-writes", is_flag=True, help="Really set limits on real GPUs.")
 def node(lose: tuple[str, ...], **options: Any) -> None:
     """Be the daemon of one node."""
@@ -625,6 +627,57 @@ def bench_engine_command(instances: int, requests: str, physics: bool, as_json: 
     for name, value in result.items():
         shown = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
         click.echo(f"{name:16s} {shown}")
+
+
+@bench.command("intake")
+@click.option("--nodes", default=1000, show_default=True, help="Of 8 GPUs, reporting at 10 Hz.")
+@click.option("--seconds", default=10.0, show_default=True)
+@click.option("--generators", default=2, show_default=True, help="Processes that emulate them.")
+@click.option("--connections", default=0, show_default=True,
+              help="Telemetry connections in all; 0 is one per node.")  # fmt: skip
+@click.option("--relays", default=0, show_default=True, help="Relay processes in between.")
+@click.option("--merged", is_flag=True, help="Nodes arrive merged, as from relays elsewhere.")
+@click.option("--curve", is_flag=True, help="Encrypt and authenticate.")
+@click.option("--gpu-period-s", default=0.0, show_default=True, help="Thin the recording of GPUs.")
+@_JSON
+def bench_intake_command(as_json: bool, **options: Any) -> None:
+    """What a live coordinator takes in, recording on, and how fast commands come back."""
+    _print_bench(bench_intake(**options), as_json)
+
+
+@bench.command("roundtrip")
+@click.option("--nodes", default=40, show_default=True)
+@click.option("--seconds", default=10.0, show_default=True)
+@_JSON
+def bench_roundtrip_command(nodes: int, seconds: float, as_json: bool) -> None:
+    """From a command's leaving the coordinator to its answer, p50 and p99, under reports."""
+    found = bench_intake(nodes, seconds=seconds, generators=1)
+    kept = ("nodes", "reports_per_s", "load_before")
+    _print_bench({k: v for k, v in found.items() if k in kept or "round" in k}, as_json)
+
+
+@bench.command("lateness")
+@click.option("--instances", default=200, show_default=True, help="On one core.")
+@click.option("--per-node", default=50, show_default=True, help="In one process.")
+@click.option("--rate-rps", default=3.0, show_default=True, help="Requests/s of an instance.")
+@click.option("--seconds", default=10.0, show_default=True)
+@click.option("--collapse/--each-iteration", default=True, show_default=True,
+              help="Wake for every iteration, or once per run of alike ones.")  # fmt: skip
+@click.option("--realtime", is_flag=True, help="Real-time priority.")
+@_JSON
+def bench_lateness_command(as_json: bool, **options: Any) -> None:
+    """How late emulated iterations are acted on by nodes that share a core."""
+    _compile_first()
+    _print_bench(bench_lateness(**options), as_json)
+
+
+def _print_bench(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+        return
+    for name, value in result.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value}"
+        click.echo(f"{name:32s} {shown}")
 
 
 # What there is.

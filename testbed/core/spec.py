@@ -181,6 +181,9 @@ class ControlSpec(_Table, frozen=True):
     ramp_up_w_per_s: Positive = 200.0
     max_attempts: Count = 3
     """How often a request is routed before it is recorded as lost."""
+    realtime: bool = False
+    """Nodes of an emulated run ask for real-time priority (SCHED_FIFO), so that others' load does
+    not make them late. Needs the privilege; without it the node says so and goes on."""
     hold_limit: Count = 10_000
     """Requests held at the front door before further ones are rejected."""
 

@@ -300,6 +300,8 @@ class Crew:
                 command += ["--forward", spec.forward]
             if self._allow_writes:
                 command.append("--allow-hardware-writes")
+        if spec.control.realtime:
+            command.append("--realtime")
         if spec.tenants.per_node:
             command += ["--tenants", msgspec.json.encode(spec.tenants).decode()]
         self._spawn(name, command)

@@ -69,6 +69,8 @@ class NodeOptions:
     delay_s: float = 0.005
     tenants: str = ""
     """The run file's ``tenants`` table as JSON; empty for none."""
+    realtime: bool = False
+    """Ask for real-time priority."""
     allow_hardware_writes: bool = False
     curve_secret: Path | None = None
     """This node's secret key file, and the coordinator's public one beside it."""
@@ -163,6 +165,8 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
             log=log,
         )
         shell = NodeSchedule(daemon, loop)
+        if options.realtime:
+            _ask_for_realtime(log)
         with signals_stop(loop.stop) as caught:
             _say_hello(daemon, spoke, sync, caught)
             if daemon.welcome is not None:
@@ -184,6 +188,14 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         log(f"left: {reason}")
         if daemon.failed:
             raise DeviceError(daemon.stopped)
+
+
+def _ask_for_realtime(log: Callable[[str], None]) -> None:
+    """Real-time priority for this thread, below what kernels use for themselves."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+    except OSError as error:
+        log(f"no real-time priority: {error.strerror}")
 
 
 def curve_of(
