@@ -31,9 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
-from daemons import guardian
 from daemons.devices import cgroup
 from daemons.devices.zram import make_zram, remove_zram, swap_bytes
+from daemons.guardian import Guardian
 from daemons.tenant_child import STATS
 from testbed.core.errors import DeviceError, TraceError
 from testbed.core.messages import TenantInfo, TenantReadings
@@ -212,12 +212,12 @@ class TenantHost:
         self.frozen_total = 0
         self._closed = False
         self._cgroups = cgroup.open_cgroups(root, parent=name)
-        self._guardian = guardian.start()
-        self._tell(f"cgroup {name}")
+        self._guardian = Guardian()
+        self._guardian.tell(f"cgroup {name}")
         try:
             if swap_bytes()[0] == 0 and swap_mib > 0:
                 self._device = make_zram(int(swap_mib * 2**20))
-                self._tell(f"swap {self._device}")
+                self._guardian.tell(f"swap {self._device}")
                 log(f"made {swap_mib:g} MiB of swap on {self._device}")
             if swap_bytes()[0] == 0:
                 raise DeviceError(
@@ -234,11 +234,6 @@ class TenantHost:
         except BaseException:
             self.close()
             raise
-
-    def _tell(self, line: str) -> None:
-        assert self._guardian.stdin is not None
-        self._guardian.stdin.write(line + "\n")
-        self._guardian.stdin.flush()
 
     def infos(self) -> list[TenantInfo]:
         """Names and sizes."""
@@ -367,8 +362,4 @@ class TenantHost:
                 remove_zram(self._device)
             except DeviceError as error:
                 self._log(str(error))
-        if self._guardian.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._tell("done")
-                self._guardian.stdin.close()
-        self._guardian.wait(timeout=10)
+        self._guardian.dismiss()

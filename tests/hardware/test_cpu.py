@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from daemons.devices import cgroup
@@ -76,6 +79,32 @@ def test_a_limit_is_a_quota():
     assert free.gpu_busy_frac[0] > held.gpu_busy_frac[0]
     assert held.throttle[0] & 0x4
     assert held.power_limit_enforced_w[0] == 3.0
+
+
+@needs_quota
+def test_nothing_is_left_behind_after_kill_9():
+    name = f"testbed-test-cpu-kill-{os.getpid()}"
+    code = (
+        "import subprocess, sys, time\nfrom daemons.devices.cpu import CpuDevices\n"
+        f"device = CpuDevices(1, name={name!r})\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
+        "device.attach(0, worker.pid)\nprint(worker.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    worker = int(process.stdout.readline())
+    assert list(cgroup.ROOT.glob(f"*/{name}*")) + list(cgroup.ROOT.glob(f"{name}*"))
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and psutil.pid_exists(worker):
+        time.sleep(0.05)
+    assert not psutil.pid_exists(worker)
+    while time.monotonic() < deadline and list(cgroup.ROOT.glob(f"*/{name}*")):
+        time.sleep(0.05)
+    assert not list(cgroup.ROOT.glob(f"*/{name}*")) + list(cgroup.ROOT.glob(f"{name}*"))
 
 
 @needs_quota
