@@ -132,10 +132,10 @@ def test_structs_have_nvidias_sizes_and_offsets(tmp_path):
     for place, include in enumerate((ours, header())):
         lines = ["#include <stdio.h>", "#include <stddef.h>", f'#include "{include}"']
         lines.append("int main(void) {")
-        for struct, fields in structs.items():
-            lines.append(f'printf("{struct} %zu\\n", sizeof({struct}));')
+        for name, fields in structs.items():
+            lines.append(f'printf("{name} %zu\\n", sizeof({name}));')
             lines += [
-                f'printf("{struct}.{field} %zu\\n", offsetof({struct}, {field}));'
+                f'printf("{name}.{field} %zu\\n", offsetof({name}, {field}));'
                 for field in fields
             ]
         source = tmp_path / f"sizes{place}.c"
