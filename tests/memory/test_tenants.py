@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -200,6 +201,57 @@ def test_nothing_is_left_behind_after_kill_9(tmp_path):
     for child in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error):
             assert str(tmp_path) not in " ".join(child.info["cmdline"] or [])
+
+
+@real
+@needs_real
+@pytest.mark.live
+def test_a_run_records_the_pressure_and_its_report_shows_it(tmp_path):
+    """Tenants that outgrow what was left to them from 3 s to 4 s, and shrink after 8 s."""
+    trace = tmp_path / "memory.csv"
+    shares = [0.3] * 4 + [0.9] * 5 + [0.3] * 279
+    rows = (f"0,{slot},{share}\n" for slot, share in enumerate(shares))
+    trace.write_text("day,slot,memory_frac\n" + "".join(rows))
+    spec = tmp_path / "run.toml"
+    spec.write_text(
+        "name = 'pressed'\nduration_s = 12\ndrain_s = 1\n"
+        "[cluster]\ngpus_per_node = 2\nrow_budget_w = 0\n[[pool]]\ngpus_per_node = 2\n"
+        "[workload]\nsource = 'poisson'\nrate_rps = 2.0\noutput_tokens = 20\n"
+        "[tenants]\nper_node = 2\nmemory_mib = 96\nguaranteed_frac = 0.4\nswap_mib = 256\n"
+        f"trace = '{trace}'\n[[policy]]\nuse = 'memory_pressure'\nparams = {{ settle_s = 1.0 }}\n"
+    )
+    done = cli("run", spec, "--mode", "emulated", "--out", tmp_path / "runs", "--json")
+    assert done.returncode == 0, done.stderr
+    [folder] = (tmp_path / "runs").iterdir()
+    recording = Recording.open(folder)
+    [joined] = [e for e in recording.table("events").to_pylist() if e["kind"] == "joined"]
+    assert "memory tenants: real" in joined["text"]
+    table = recording.columns(
+        "tenants", "t_s", "tenant_index", "limit_bytes", "swap_bytes", "major_faults_total",
+        "pressure_some_frac", "slowdown_frac",
+    )  # fmt: skip
+    assert table["limit_bytes"].min() >= 0.4 * 96 * MIB, "the guaranteed part is never taken"
+    for tenant in range(2):
+        mine = {name: column[table["tenant_index"] == tenant] for name, column in table.items()}
+        before = (mine["t_s"] > 2.0) & (mine["t_s"] < 3.0)
+        grown = (mine["t_s"] > 3.5) & (mine["t_s"] < 8.0)
+        assert mine["limit_bytes"][before].min() < 60 * MIB, "what nobody misses is taken"
+        faults = mine["major_faults_total"]
+        assert faults[grown].max() > faults[before].max() + 100
+        assert mine["slowdown_frac"][grown].max() > mine["slowdown_frac"][before].max() + 0.2
+        assert mine["limit_bytes"][grown].max() > 80 * MIB, "and given back when it is missed"
+        assert mine["slowdown_frac"][grown][-5:].max() < mine["slowdown_frac"][grown].max() / 2
+        if cgroup.probe().pressure:
+            assert mine["pressure_some_frac"][grown].max() > 0
+    memory = json.loads(done.stdout)["memory"]
+    assert memory["swap_max_bytes"] > 0
+    assert memory["major_faults"] > 200
+    report = (folder / "report.html").read_text()
+    for figure in ("figure-memory", "figure-faults", "figure-psi", "figure-slowdown"):
+        assert figure in report
+    # Groups are named by their daemon: those that are left belong to others' daemons.
+    left = {path.parent.name for path in cgroup.ROOT.glob("*/serving-testbed-*/tenant*")}
+    assert all(psutil.pid_exists(int(name.rpartition("-")[2])) for name in left), left
 
 
 @real

@@ -135,8 +135,7 @@ def test_structs_have_nvidias_sizes_and_offsets(tmp_path):
         for name, fields in structs.items():
             lines.append(f'printf("{name} %zu\\n", sizeof({name}));')
             lines += [
-                f'printf("{name}.{field} %zu\\n", offsetof({name}, {field}));'
-                for field in fields
+                f'printf("{name}.{field} %zu\\n", offsetof({name}, {field}));' for field in fields
             ]
         source = tmp_path / f"sizes{place}.c"
         source.write_text("\n".join([*lines, "return 0; }"]))
