@@ -110,10 +110,11 @@ def test_nothing_is_left_behind_after_kill_9():
 @needs_quota
 @pytest.mark.live
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-def test_a_short_trace_on_real_kernels(tmp_path):
+def test_a_short_trace_on_real_kernels_under_a_quota(tmp_path):
     done = cli(
         "run", ROOT / "experiments" / "real_kernels" / "run.toml", "--mode", "hardware",
-        "--device", "cpu", "--set", "duration_s=8", "--out", tmp_path, "--json", "--no-report",
+        "--device", "cpu", "--set", "duration_s=10", "--set", "drain_s=5",
+        "--set", "cluster.row_budget_w=3", "--out", tmp_path, "--json", "--no-report",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -121,8 +122,17 @@ def test_a_short_trace_on_real_kernels(tmp_path):
     assert summary["ttft_s"]["p50"] > 0.005
     assert summary["itl_s"]["p50"] > 0.0005
     [folder] = [path.parent for path in tmp_path.glob("*/manifest.json")]
-    gpus = Recording.open(folder).table("gpus")
-    assert max(gpus["power_avg_w"].to_pylist()) > 1.0
+    recording = Recording.open(folder)
+    gpus = recording.columns("gpus", "t_s", "power_avg_w", "power_limit_enforced_w", "throttle")
+    assert gpus["power_avg_w"].max() > 1.0
+    # A policy asked for less than a third of the core, the kernel held the worker to it, and the
+    # recording has both.
+    capped = gpus["power_limit_enforced_w"] <= 3.0
+    assert capped.any()
+    assert (gpus["throttle"][capped] & 0x4).any(), "the worker wanted more"
+    settled = capped & (gpus["t_s"] > gpus["t_s"][capped][0] + 1.5)
+    assert gpus["power_avg_w"][settled].max() <= 3.3
+    assert recording.table("commands").num_rows > 0
 
 
 def test_no_gpu_and_no_permission_is_one_clear_line(tmp_path):

@@ -103,6 +103,19 @@ def test_a_limit_never_goes_below_the_guaranteed_part(host):
 
 @real
 @needs_real
+def test_what_leaves_the_working_set_is_given_back(host):
+    grown = watch(host, 1.5)
+    assert grown.current_bytes[0] > 70 * MIB
+    host.set_limit(0, 64 * MIB)
+    assert watch(host, 1.0).swap_bytes[0] > 10 * MIB
+    host.plan = plan(share=0.5)
+    shrunk = watch(host, 1.0)
+    assert shrunk.working_set_bytes[0] == 48 * MIB
+    assert shrunk.current_bytes[0] + shrunk.swap_bytes[0] < 60 * MIB
+
+
+@real
+@needs_real
 def test_the_guaranteed_part_is_locked_in_memory(host):
     watch(host, 1.5)
     host.set_limit(0, 40 * MIB)
@@ -218,7 +231,8 @@ def test_a_run_records_the_pressure_and_its_report_shows_it(tmp_path):
         "[cluster]\ngpus_per_node = 2\nrow_budget_w = 0\n[[pool]]\ngpus_per_node = 2\n"
         "[workload]\nsource = 'poisson'\nrate_rps = 2.0\noutput_tokens = 20\n"
         "[tenants]\nper_node = 2\nmemory_mib = 96\nguaranteed_frac = 0.4\nswap_mib = 256\n"
-        f"trace = '{trace}'\n[[policy]]\nuse = 'memory_pressure'\nparams = {{ settle_s = 1.0 }}\n"
+        f"trace = '{trace}'\n[[policy]]\nuse = 'memory_pressure'\n"
+        "params = { settle_s = 1.0, period_s = 0.5 }\n"
     )
     done = cli("run", spec, "--mode", "emulated", "--out", tmp_path / "runs", "--json")
     assert done.returncode == 0, done.stderr
@@ -240,7 +254,7 @@ def test_a_run_records_the_pressure_and_its_report_shows_it(tmp_path):
         assert faults[grown].max() > faults[before].max() + 100
         assert mine["slowdown_frac"][grown].max() > mine["slowdown_frac"][before].max() + 0.2
         assert mine["limit_bytes"][grown].max() > 80 * MIB, "and given back when it is missed"
-        assert mine["slowdown_frac"][grown][-5:].max() < mine["slowdown_frac"][grown].max() / 2
+        assert np.median(mine["slowdown_frac"][grown][-10:]) < 0.2, "so that it recovers"
         if cgroup.probe().pressure:
             assert mine["pressure_some_frac"][grown].max() > 0
     memory = json.loads(done.stdout)["memory"]
