@@ -74,9 +74,10 @@ def test_a_limit_is_a_quota():
     finally:
         device.close()
         os.waitpid(child, 0)
-    # Others may want the core too: what is certain is the quota.
-    assert held.gpu_busy_frac[0] < 0.4
-    assert free.gpu_busy_frac[0] > held.gpu_busy_frac[0]
+    # Others may want the core too, so how fast it is without a quota is not certain; the quota is.
+    assert 0.0 < held.gpu_busy_frac[0] < 0.4
+    assert free.gpu_busy_frac[0] > 0.0
+    assert not free.throttle[0] & 0x4
     assert held.throttle[0] & 0x4
     assert held.power_limit_enforced_w[0] == 3.0
 
