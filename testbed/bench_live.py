@@ -59,7 +59,7 @@ from testbed.recorder.reader import Recording
 
 NODES_PER_ROW = 40
 GPUS_PER_NODE = 8
-_SILENT_EXIT_S = 20.0
+_SILENT_EXIT_S = 8.0
 _LIFE_MAX_S = 300.0
 """No generator lives longer, whatever happens to its coordinator."""
 _SLICE_NODES = 50
@@ -549,7 +549,8 @@ class _Generator:
         templates = [_Template(name, self.incarnation, instances) for name in nodes]
         while not self.stopped:
             now_ns = time.monotonic_ns()
-            if min(now_ns - self.heard_ns, (now_ns - born_ns) / 15) > _SILENT_EXIT_S * 1e9:
+            silent_s, age_s = (now_ns - self.heard_ns) * 1e-9, (now_ns - born_ns) * 1e-9
+            if silent_s > _SILENT_EXIT_S or age_s > _LIFE_MAX_S:
                 break
             wait_s = tick * self.period_s - (now_ns - self.start_ns) * 1e-9
             if wait_s > 0:
@@ -599,7 +600,7 @@ class _Generator:
                     if name not in self.welcomed:
                         self._say(name, hello, 0.0)
             self._poll(0.01)
-            if now_s - self.heard_ns * 1e-9 > 3 * _SILENT_EXIT_S:
+            if now_s - self.heard_ns * 1e-9 > 5 * _SILENT_EXIT_S:
                 raise SystemExit("generator: no coordinator")
 
     def _advance(self) -> None:
