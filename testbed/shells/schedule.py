@@ -96,6 +96,8 @@ class NodeSchedule:
 
 
 _source = attrgetter("source")
+_TOGETHER_MAX = 500
+"""Reports taken in at a time: a live loop looks at its sockets in between, for what is urgent."""
 
 
 class Desk:
@@ -132,6 +134,10 @@ class Desk:
     def _take_reports(self, moment: tuple[float, float], now_s: float) -> None:
         words = self._reports.pop(moment)
         words.sort(key=_source)  # the order in which they came is the network's affair
+        if len(words) > _TOGETHER_MAX:
+            self._reports[moment] = words[_TOGETHER_MAX:]
+            self._loop.call_at(moment[0], DELIVERY, partial(self._take_reports, moment))
+            del words[_TOGETHER_MAX:]
         self.coordinator.on_reports(merge(words), moment[1], now_s)
 
     def begin(self) -> None:
