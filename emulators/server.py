@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from emulators.engine import Engine, Event
+from emulators.farm import Farm
 from emulators.gpu import GpuBank
 from emulators.models import ModelCard, load_model
 from emulators.profiles import GpuProfile
@@ -32,13 +35,50 @@ from testbed.core.messages import (
     InstanceReadings,
     Request,
 )
+from testbed.core.view import Floats
+
+
+class _Roster:
+    """All engines of a bank in one list, and which of them have anything to do.
+
+    A tick asks only those, so that idle instances cost nothing but their GPUs' share of an array.
+    """
+
+    def __init__(self) -> None:
+        self.stale = True
+        """Engines came or went since `refresh`."""
+        self.engines: list[Engine] = []
+        self.owners: list[tuple[NodeServing, int]] = []
+        """Node and index there of each engine."""
+        self.awake: set[int] = set()
+        self.engine_of = np.zeros(0, np.int64)
+        """Engine of each GPU; where none runs, one past the last."""
+
+    def refresh(self, servings: Sequence[NodeServing], num_gpus: int) -> None:
+        """Bring the lists up to date; everybody is awake until a tick has looked."""
+        self.stale = False
+        self.engines.clear()
+        self.owners.clear()
+        members: list[list[int]] = []
+        for serving in servings:
+            serving.first = len(self.engines)
+            self.engines += serving.engines
+            self.owners += [(serving, local) for local in range(len(serving.engines))]
+            members += serving.gpu_lists
+        self.awake.update(range(len(self.engines)))
+        self.engine_of = np.full(num_gpus, len(self.engines))
+        for index, gpus in enumerate(members):
+            self.engine_of[gpus] = index
 
 
 class NodeServing:
     """The engines of one node; answers `daemons.seams.Serving`."""
 
-    def __init__(self, bank: GpuBank, first_gpu: int, num_gpus: int) -> None:
+    def __init__(self, bank: GpuBank, first_gpu: int, num_gpus: int, roster: _Roster) -> None:
         self._bank = bank
+        self._roster = roster
+        self.first = 0
+        """Index of the first engine among those of all nodes."""
         self._first_gpu = first_gpu
         self._num_gpus = num_gpus
         self.engines: list[Engine] = []
@@ -76,6 +116,7 @@ class NodeServing:
             used = int((total - ballast) * instance.engine.gpu_memory_frac) + ballast
             for gpu in members:
                 self._bank.load(gpu, pid=os.getpid(), used_bytes=used)
+        self._roster.stale = True
 
     def submit(self, instance: int, request: Request, t_s: float) -> None:
         """Give a request to an instance; one that has ended takes nothing in."""
@@ -84,6 +125,7 @@ class NodeServing:
         engine = self.engines[instance]
         engine.preprocess_slowdown = self.preprocess_slowdown
         engine.submit(request, max(t_s, engine.now_s))
+        self._roster.awake.add(self.first + instance)
         self.wakes_s[instance] = engine.next_event_s
 
     def end_on(self, lost: set[int], t_s: float) -> None:
@@ -188,6 +230,32 @@ def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> E
     )
 
 
+def gpu_columns(state: GpuState) -> dict[str, Any]:
+    """All readings of these GPUs, one array each by `GpuReadings`' names, rounded as NVML does."""
+    measured, control = state.measured, state.control
+    columns: dict[str, Any] = {
+        "power_instant_w": measured["power_instant_mw"] / 1000,
+        "power_avg_w": measured["power_average_mw"] / 1000,
+        "power_limit_w": control["power_limit_mw"] / 1000,
+        "power_limit_enforced_w": state.enforced_mw() / 1000,
+        "energy_j": measured["energy_mj"] / 1000,
+        "sm_clock_mhz": measured["sm_clock_mhz"].astype(float),
+        "temp_c": measured["temp_c"].astype(float),
+        "mem_temp_c": measured["mem_temp_c"].astype(float),
+        "gpu_busy_frac": measured["gpu_util_pct"] / 100,
+        # As NVML counts: what the driver keeps for itself is in use too.
+        "fb_used_bytes": measured["memory_used_bytes"] + measured["memory_reserved_bytes"],
+        "throttle": measured["throttle"].copy(),
+        "lost": measured["lost"] != 0,
+    }
+    lost = columns["lost"]
+    if lost.any():
+        for name, column in columns.items():
+            if name not in ("energy_j", "lost"):
+                column[lost] = 0
+    return columns
+
+
 class NodeGpus:
     """The GPUs of one node as columns of the bank; answers `daemons.seams.GpuDevice`."""
 
@@ -214,29 +282,8 @@ class NodeGpus:
 
     def read(self) -> GpuReadings:
         """All readings now, rounded as NVML rounds them."""
-        measured, control = self._state.measured, self._state.control
-        readings = GpuReadings(
-            power_instant_w=(measured["power_instant_mw"] / 1000).tolist(),
-            power_avg_w=(measured["power_average_mw"] / 1000).tolist(),
-            power_limit_w=(control["power_limit_mw"] / 1000).tolist(),
-            power_limit_enforced_w=(self._state.enforced_mw() / 1000).tolist(),
-            energy_j=(measured["energy_mj"] / 1000).tolist(),
-            sm_clock_mhz=measured["sm_clock_mhz"].astype(float).tolist(),
-            temp_c=measured["temp_c"].astype(float).tolist(),
-            mem_temp_c=measured["mem_temp_c"].astype(float).tolist(),
-            gpu_busy_frac=(measured["gpu_util_pct"] / 100).tolist(),
-            # As NVML counts: what the driver keeps for itself is in use too.
-            fb_used_bytes=(
-                measured["memory_used_bytes"] + measured["memory_reserved_bytes"]
-            ).tolist(),
-            throttle=measured["throttle"].tolist(),
-            lost=(measured["lost"] != 0).tolist(),
-        )
-        for index in [place for place, lost in enumerate(readings.lost) if lost]:
-            for name in readings.__struct_fields__:
-                if name not in ("energy_j", "lost"):
-                    getattr(readings, name)[index] = 0
-        return readings
+        columns = gpu_columns(self._state)
+        return GpuReadings(**{name: column.tolist() for name, column in columns.items()})
 
     def power_limits_w(self) -> list[float]:
         """The limits asked for last."""
@@ -278,15 +325,51 @@ class ServerBank:
         if bank.count % num_nodes:
             raise ValueError(f"{bank.count} GPUs do not divide into {num_nodes} nodes")
         self.bank = bank
+        self._roster = _Roster()
         per_node = bank.count // num_nodes
-        self.serving = [NodeServing(bank, node * per_node, per_node) for node in range(num_nodes)]
+        self.serving = [
+            NodeServing(bank, node * per_node, per_node, self._roster) for node in range(num_nodes)
+        ]
         self.gpus = [NodeGpus(bank.state, node * per_node, per_node) for node in range(num_nodes)]
-        self._busy_s = np.zeros(bank.count)
-        self._flops = np.zeros(bank.count)
-        self._bytes = np.zeros(bank.count)
+        self._farm: Farm | None = None
+        self._totals = np.zeros((3, 1))
+        self._asked: list[int] = []
+        self._readings: dict[str, Any] = {}
         self._t_s = 0.0
         self._faults = sorted(faults)
         self._lost: set[int] = set()
+
+    def farm(self) -> Farm:
+        """The engines of all nodes on one heap, in the order of the nodes.
+
+        From now on they are driven through it, and no longer through their nodes.
+        """
+        if self._farm is None:
+            self._refresh()
+            self._farm = Farm(self._roster.engines, self._roster.awake)
+        return self._farm
+
+    def _refresh(self) -> None:
+        roster = self._roster
+        if not roster.stale:
+            return
+        # What engines that stay have done so far is kept, so that it is not counted again.
+        before = {id(engine): self._totals[:, k] for k, engine in enumerate(roster.engines)}
+        roster.refresh(self.serving, self.bank.count)
+        count = len(roster.engines)
+        self._totals = np.zeros((3, count + 1))
+        for index, engine in enumerate(roster.engines):
+            if id(engine) in before:
+                self._totals[:, index] = before[id(engine)]
+        self._clock_frac = np.array([engine.clock_frac for engine in roster.engines])
+        self._readings = {
+            "num_running": np.zeros(count, np.int64),
+            "num_waiting": np.zeros(count, np.int64),
+            "kv_used_frac": np.zeros(count),
+            "prompt_tokens_total": np.zeros(count, np.int64),
+            "output_tokens_total": np.zeros(count, np.int64),
+            "preemptions_total": np.zeros(count, np.int64),
+        }
 
     def _break(self, t_s: float) -> None:
         """Lose GPUs whose time has come, and end what ran on lost ones, whoever lost them."""
@@ -304,32 +387,77 @@ class ServerBank:
         if dt_s <= 0:
             return
         self._t_s = t_s
+        self._refresh()
         self._break(t_s)
-        bank = self.bank
-        # Lists while single values are set: an array would pay for each.
-        spent, work, traffic = ([0.0] * bank.count for _ in range(3))
-        for serving in self.serving:
-            for engine, members in zip(serving.engines, serving.gpu_lists, strict=True):
-                if engine.next_event_s <= t_s:
-                    engine.advance_to(t_s)
-                encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
-                for gpu in members:
-                    spent[gpu] = encode_s + prefill_s + decode_s
-                    work[gpu] = flops
-                    traffic[gpu] = hbm_bytes
-        busy_s, flops_done, bytes_done = np.array(spent), np.array(work), np.array(traffic)
-        profile = bank.profile
+        bank, profile, roster = self.bank, self.bank.profile, self._roster
+        done = self._work(t_s)
+        busy_s, flops, hbm_bytes = (done - self._totals)[:, roster.engine_of]
+        self._totals = done
         bank.advance(
             dt_s,
-            np.minimum((busy_s - self._busy_s) / dt_s, 1.0),
-            (flops_done - self._flops) / (dt_s * profile.peak_flops),
-            (bytes_done - self._bytes) / (dt_s * profile.hbm_bytes_per_s),
+            np.minimum(busy_s / dt_s, 1.0),
+            flops / (dt_s * profile.peak_flops),
+            hbm_bytes / (dt_s * profile.hbm_bytes_per_s),
         )
-        self._busy_s, self._flops, self._bytes = busy_s, flops_done, bytes_done
-        clocks = bank.clock_frac.tolist()
-        for serving in self.serving:
-            for engine, members in zip(serving.engines, serving.gpu_lists, strict=True):
-                clock_frac = min(clocks[gpu] for gpu in members)
-                if clock_frac != engine.clock_frac:
-                    engine.set_clock(clock_frac, t_s)
-            serving.wakes_s[:] = [engine.next_event_s for engine in serving.engines]
+        # An engine runs at the clock of its slowest GPU.
+        clock_frac = np.ones(len(roster.engines) + 1)
+        np.minimum.at(clock_frac, roster.engine_of, bank.clock_frac)
+        clock_frac = clock_frac[:-1]
+        for index in np.flatnonzero(clock_frac != self._clock_frac).tolist():
+            roster.engines[index].set_clock(float(clock_frac[index]), t_s)
+            roster.awake.add(index)
+        self._clock_frac = clock_frac
+        self._rearm()
+
+    def _work(self, t_s: float) -> Floats:
+        """Busy seconds, FLOPs and bytes of every engine since its start, as (3, engine + 1)."""
+        engines = self._roster.engines
+        self._asked = asked = sorted(self._roster.awake)
+        rows = []
+        for index in asked:
+            engine = engines[index]
+            if engine.next_event_s <= t_s:
+                engine.advance_to(t_s)
+            encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
+            rows.append((encode_s + prefill_s + decode_s, flops, hbm_bytes))
+        done = self._totals.copy()
+        if asked:
+            done[:, asked] = np.array(rows).T
+        return done
+
+    def _rearm(self) -> None:
+        """Note when engines that did something wake next; who has nothing to do, sleeps."""
+        roster, farm = self._roster, self._farm
+        for index in list(roster.awake):
+            serving, local = roster.owners[index]
+            wake_s = roster.engines[index].next_event_s
+            serving.wakes_s[local] = wake_s
+            if farm is not None:
+                farm.rearm(index)
+            if wake_s == math.inf:
+                roster.awake.discard(index)
+
+    def events(self) -> Iterator[tuple[int, list[Event]]]:
+        """What the last tick brought about by itself, by engine; what is told is forgotten."""
+        for index in self._asked:
+            engine = self._roster.engines[index]
+            if engine.events:
+                events, engine.events = engine.events, []
+                yield index, events
+
+    def read_gpus(self) -> dict[str, Any]:
+        """Readings of all GPUs, see `gpu_columns`."""
+        return gpu_columns(self.bank.state)
+
+    def read_instances(self, t_s: float) -> dict[str, Any]:
+        """Readings of all engines by `InstanceReadings`' names, at the time of the last tick."""
+        asked = self._asked
+        if asked:
+            engines = [self._roster.engines[index] for index in asked]
+            for name, values in msgspec.structs.asdict(readings_of(engines, t_s)).items():
+                self._readings[name][asked] = values
+        return self._readings
+
+    def drain_gaps(self) -> list[tuple[int, int, int]]:
+        """Inter-token gaps since the last call: (engine, histogram bin, count)."""
+        return gaps_of(self._roster.engines)
