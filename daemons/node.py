@@ -196,11 +196,17 @@ class NodeDaemon:
             ),
             now_s,
         )
-        if now_s - self._gaps_s >= _GAPS_PERIOD_S - 1e-9:
+        if self.gaps_due(now_s):
             self._report_gaps(now_s)
 
-    def _report_gaps(self, now_s: float) -> None:
+    def gaps_due(self, now_s: float) -> bool:
+        """Whether gaps between tokens are to be reported now; asking starts the next period."""
+        if now_s - self._gaps_s < _GAPS_PERIOD_S - 1e-9:
+            return False
         self._gaps_s = now_s
+        return True
+
+    def _report_gaps(self, now_s: float) -> None:
         gaps = self._serving.drain_gaps()
         if gaps:
             instance, bins, counts = (list(column) for column in zip(*gaps, strict=True))

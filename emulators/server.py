@@ -349,6 +349,14 @@ class ServerBank:
             self._farm = Farm(self._roster.engines, self._roster.awake)
         return self._farm
 
+    def submit(self, index: int, request: Request, t_s: float) -> list[Event]:
+        """Give a request to an engine of the `farm`; returns what came of it at once."""
+        serving, local = self._roster.owners[index]
+        if local in serving.dead:
+            return []
+        self._roster.engines[index].preprocess_slowdown = serving.preprocess_slowdown
+        return self.farm().submit(index, request, t_s)
+
     def _refresh(self) -> None:
         roster = self._roster
         if not roster.stale:

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from emulators.engine import Event
 from emulators.gpu import GpuBank
 from emulators.profiles import load_gpu

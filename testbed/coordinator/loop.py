@@ -14,9 +14,10 @@ forgotten its requests: it is treated as lost, then welcomed.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +31,10 @@ from testbed.core.messages import (
     Bye,
     Envelope,
     Gaps,
+    GpuReadings,
     Heartbeat,
     Hello,
+    InstanceReadings,
     Lease,
     Ping,
     Pong,
@@ -92,6 +95,8 @@ class Coordinator:
         start_ns: the run's zero on this machine's monotonic clock (live modes).
         observed_s: what the clock shows, for what a client would have measured. In virtual time
             the time of the event itself.
+        beat_period_s: least time between two heartbeats; infinite where nodes cannot miss them.
+        submit: sends a request to a node by a shorter way than the hub.
         monotonic_ns: this machine's clock, for nodes that set theirs by it.
     """
 
@@ -107,6 +112,8 @@ class Coordinator:
         epoch: int = 1,
         start_ns: int = 0,
         boot_id: str = "",
+        beat_period_s: float = 1.0,
+        submit: Callable[[Node, Submit, float], object] | None = None,
         observed_s: Callable[[float], float] = lambda now_s: now_s,
         monotonic_ns: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -121,7 +128,10 @@ class Coordinator:
         self._epoch = epoch
         self._start_ns = start_ns
         self._boot_id = boot_id
+        self._beat_period_s = beat_period_s
         self._observed_s = observed_s
+        self._submit = submit or (lambda node, body, now_s: hub.send(node.name, body, now_s))
+        self._node_of: list[int] = self.layout.instances.node.tolist()
         self._monotonic_ns = monotonic_ns
         self._classes = {slo_class.name: slo_class for slo_class in spec.slo_class}
         self.in_flight: dict[int, InFlight] = {}
@@ -140,7 +150,7 @@ class Coordinator:
         self._lock_mhz = np.zeros(count)
         self._next_step_s = [0.0] * len(controllers)
         self._step = 0
-        self._beat_s = -np.inf
+        self._beat_s = -math.inf
         self.stopping = False
         records.cluster(self.view)
 
@@ -224,8 +234,45 @@ class Coordinator:
         )
 
     def _on_report(self, node: Node, report: Report, t_s: float, now_s: float) -> None:
-        gpus, place = self.layout.gpus, node.gpus
-        readings = report.gpus
+        newly_lost = self._take_readings(
+            t_s, node.gpus, report.gpus, node.instances, report.instances
+        )
+        if node.tenants.stop > node.tenants.start:
+            self._on_tenants(node, report, t_s)
+        self._heard(node, report.drift_total, now_s)
+        if node.index in newly_lost:
+            self._lose_gpus(node, newly_lost[node.index], now_s)
+
+    def on_bank(
+        self,
+        gpus: GpuReadings,
+        instances: InstanceReadings,
+        drift_totals: list[int],
+        t_s: float,
+        now_s: float,
+    ) -> None:
+        """The reports of all nodes in one, as arrays: what they show at ``t_s``."""
+        whole = slice(0, len(self.layout.gpus.name))
+        newly_lost = self._take_readings(
+            t_s, whole, gpus, slice(0, len(self.layout.instances.name)), instances
+        )
+        for node, drift_total in zip(self.layout.nodes, drift_totals, strict=True):
+            node.last_s = now_s
+            if not node.live or drift_total != node.drift_total:
+                self._heard(node, drift_total, now_s)
+        for index, lost in newly_lost.items():
+            self._lose_gpus(self.layout.nodes[index], lost, now_s)
+
+    def _take_readings(
+        self,
+        t_s: float,
+        place: slice,
+        readings: GpuReadings,
+        where: slice,
+        served: InstanceReadings,
+    ) -> dict[int, list[int]]:
+        """Enter readings into the view and the recording; GPUs newly lost, by node and there."""
+        gpus, instances = self.layout.gpus, self.layout.instances
         gpus.t_s[place] = t_s
         gpus.power_instant_w[place] = readings.power_instant_w
         gpus.power_avg_w[place] = readings.power_avg_w
@@ -238,34 +285,33 @@ class Coordinator:
         gpus.gpu_busy_frac[place] = readings.gpu_busy_frac
         gpus.fb_used_bytes[place] = readings.fb_used_bytes
         gpus.throttle[place] = readings.throttle
-        newly_lost = [
-            local
-            for local, lost in enumerate(readings.lost)
-            if lost and not gpus.lost[place][local]
-        ]
-        gpus.lost[place] = readings.lost
-        instances, where = self.layout.instances, node.instances
+        lost = np.asarray(readings.lost, np.bool_)
+        newly_lost: dict[int, list[int]] = {}
+        for gpu in (np.flatnonzero(lost & ~gpus.lost[place]) + place.start).tolist():
+            node = self.layout.nodes[gpus.node[gpu]]
+            if node.live:  # a node that joins had all its GPUs marked lost
+                newly_lost.setdefault(node.index, []).append(gpu - node.gpus.start)
+        gpus.lost[place] = lost
         instances.t_s[where] = t_s
-        instances.num_running[where] = report.instances.num_running
-        instances.num_waiting[where] = report.instances.num_waiting
-        instances.kv_used_frac[where] = report.instances.kv_used_frac
-        instances.prompt_tokens_total[where] = report.instances.prompt_tokens_total
-        instances.output_tokens_total[where] = report.instances.output_tokens_total
-        instances.preemptions_total[where] = report.instances.preemptions_total
-        if node.tenants.stop > node.tenants.start:
-            self._on_tenants(node, report, t_s)
+        instances.num_running[where] = served.num_running
+        instances.num_waiting[where] = served.num_waiting
+        instances.kv_used_frac[where] = served.kv_used_frac
+        instances.prompt_tokens_total[where] = served.prompt_tokens_total
+        instances.output_tokens_total[where] = served.output_tokens_total
+        instances.preemptions_total[where] = served.preemptions_total
         self._records.gpus(t_s, range(place.start, place.stop), readings)
         self._records.instances(
-            t_s,
-            range(where.start, where.stop),
-            report.instances,
-            instances.outstanding_tokens[where],
+            t_s, range(where.start, where.stop), served, instances.outstanding_tokens[where]
         )
-        if report.drift_total > node.drift_total:
-            count = report.drift_total - node.drift_total
+        return newly_lost
+
+    def _heard(self, node: Node, drift_total: int, now_s: float) -> None:
+        """A node has reported: for the first time in this life, or that limits were changed."""
+        if drift_total > node.drift_total:
+            count = drift_total - node.drift_total
             text = f"a limit was changed by somebody else and set again ({count} times)"
             self._event(now_s, "warning", node.name, "drift", text)
-        node.drift_total = report.drift_total
+        node.drift_total = drift_total
         if not node.live:
             node.live = True
             backing = node.tenant_infos[0].backing if node.tenant_infos else ""
@@ -276,8 +322,6 @@ class Coordinator:
             self._lease(node, now_s)
             self._refresh_up(node)
             self._release_held(now_s)
-        elif newly_lost:
-            self._lose_gpus(node, newly_lost, now_s)
 
     def _on_tenants(self, node: Node, report: Report, t_s: float) -> None:
         tenants, who = self.layout.tenants, node.tenants
@@ -287,23 +331,43 @@ class Coordinator:
         self._records.tenants(t_s, range(who.start, who.stop), report.tenants)
 
     def _on_gaps(self, node: Node, gaps: Gaps, t_s: float) -> None:
-        for local in sorted(set(gaps.instance)):
-            mine = [k for k, instance in enumerate(gaps.instance) if instance == local]
-            self._records.itl(
-                t_s,
-                node.instances.start + local,
-                [gaps.bin[k] for k in mine],
-                [gaps.count[k] for k in mine],
-            )
+        counted = zip(gaps.instance, gaps.bin, gaps.count, strict=True)
+        self.on_gaps(node.instances.start, counted, t_s)
+
+    def on_gaps(self, first: int, gaps: Iterable[tuple[int, int, int]], t_s: float) -> None:
+        """Counts of gaps between tokens: (instance counted from ``first``, bin, count)."""
+        by_instance: dict[int, list[tuple[int, int]]] = {}
+        for local, place, count in gaps:
+            by_instance.setdefault(local, []).append((place, count))
+        for local in sorted(by_instance):
+            bins, counts = zip(*by_instance[local], strict=True)
+            self._records.itl(t_s, first + local, bins, counts)
 
     def _on_progress(self, node: Node, progress: Progress, now_s: float) -> None:
+        self.on_happened(
+            node,
+            zip(
+                progress.request_id,
+                progress.event,
+                progress.t_s,
+                progress.preemptions,
+                strict=True,
+            ),
+            now_s,
+        )
+
+    def on_happened(
+        self, node: Node, events: Iterable[tuple[int, str, float, int]], now_s: float
+    ) -> None:
+        """What became of requests on a node: id, kind of event, when, and preemptions so far."""
+        if self.stopping:
+            return  # every request has its row by now
         seen_s = self._observed_s(now_s)
         freed = False
-        for request_id, event, t_s, preemptions in zip(
-            progress.request_id, progress.event, progress.t_s, progress.preemptions, strict=True
-        ):
-            entry = self.in_flight.get(request_id)
-            if entry is None or self.layout.instances.node[entry.instance] != node.index:
+        in_flight, node_of = self.in_flight, self._node_of
+        for request_id, event, t_s, preemptions in events:
+            entry = in_flight.get(request_id)
+            if entry is None or node_of[entry.instance] != node.index:
                 continue  # of an attempt that was given up
             if event == "first_token":
                 entry.first_token_s, entry.first_token_seen_s = t_s, seen_s
@@ -402,8 +466,8 @@ class Coordinator:
         entry.routed_s = now_s
         instances.outstanding_requests[chosen] += 1
         instances.outstanding_tokens[chosen] += entry.tokens
-        node = self.layout.nodes[instances.node[chosen]]
-        self._hub.send(node.name, Submit(chosen - node.instances.start, entry.request), now_s)
+        node = self.layout.nodes[self._node_of[chosen]]
+        self._submit(node, Submit(chosen - node.instances.start, entry.request), now_s)
         return True
 
     def _is_up(self, instance: int) -> bool:
@@ -442,30 +506,30 @@ class Coordinator:
     ) -> None:
         request = entry.request
         slo_class = self._classes[request.slo_class]
-        self._records.append(
-            "requests",
-            {
-                "request_id": request.id,
-                "tenant": request.tenant,
-                "slo_class": request.slo_class,
-                "pool": slo_class.pool,
-                "instance": entry.instance,
-                "arrival_s": request.arrival_s,
-                "routed_s": entry.routed_s,
-                "first_token_s": entry.first_token_s,
-                "first_token_seen_s": entry.first_token_seen_s,
-                "finished_s": t_s,
-                "finished_seen_s": seen_s,
-                "prompt_tokens": request.prompt_tokens,
-                "image_tokens": request.image_tokens,
-                "num_images": request.num_images,
-                "output_tokens": request.output_tokens,
-                "preemptions": preemptions,
-                "attempts": entry.attempts,
-                "status": status,
-                "ttft_limit_s": slo_class.ttft_s,
-                "tpot_limit_s": slo_class.tpot_s,
-            },
+        # In the order of the table.
+        self._records.request(
+            (
+                request.id,
+                request.tenant,
+                request.slo_class,
+                slo_class.pool,
+                entry.instance,
+                request.arrival_s,
+                entry.routed_s,
+                entry.first_token_s,
+                entry.first_token_seen_s,
+                t_s,
+                seen_s,
+                request.prompt_tokens,
+                request.image_tokens,
+                request.num_images,
+                request.output_tokens,
+                preemptions,
+                entry.attempts,
+                status,
+                slo_class.ttft_s,
+                slo_class.tpot_s,
+            )
         )
 
     # What policies decide.
@@ -651,7 +715,7 @@ class Coordinator:
     def tick(self, now_s: float) -> None:
         """Renew leases, notice silence, and write down the draw of each row."""
         control = self.spec.control
-        beat = now_s - self._beat_s >= 1.0
+        beat = now_s - self._beat_s >= self._beat_period_s
         if beat:
             self._beat_s = now_s
         for node in self.layout.nodes:
