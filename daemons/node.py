@@ -35,7 +35,6 @@ from testbed.core.messages import (
 Send = Callable[[Body, float], bool]
 
 _NO_TENANTS = TenantReadings([], [], [], [], [], [], [], [], [])
-_GAPS_PERIOD_S = 1.0
 
 
 _PAGE_WORK_TOUCHES = 20.0
@@ -201,7 +200,7 @@ class NodeDaemon:
 
     def gaps_due(self, now_s: float) -> bool:
         """Whether gaps between tokens are to be reported now; asking starts the next period."""
-        if now_s - self._gaps_s < _GAPS_PERIOD_S - 1e-9:
+        if self.config is None or now_s - self._gaps_s < self.config.gaps_period_s - 1e-9:
             return False
         self._gaps_s = now_s
         return True

@@ -74,9 +74,17 @@ class _Roster:
 class NodeServing:
     """The engines of one node; answers `daemons.seams.Serving`."""
 
-    def __init__(self, bank: GpuBank, first_gpu: int, num_gpus: int, roster: _Roster) -> None:
+    def __init__(
+        self,
+        bank: GpuBank,
+        first_gpu: int,
+        num_gpus: int,
+        roster: _Roster,
+        keep_segments: bool = False,
+    ) -> None:
         self._bank = bank
         self._roster = roster
+        self._keep_segments = keep_segments
         self.first = 0
         """Index of the first engine among those of all nodes."""
         self._first_gpu = first_gpu
@@ -99,7 +107,7 @@ class NodeServing:
         for instance in instances:
             try:
                 model = load_model(instance.model)
-                engine = build_engine(self._bank, model, instance)
+                engine = build_engine(self._bank, model, instance, self._keep_segments)
             except (SpecError, ValueError) as error:
                 raise DeviceError(f"instance {instance.name}: {error}") from None
             if not all(0 <= gpu < self._num_gpus for gpu in instance.gpus):
@@ -201,7 +209,9 @@ def _cost(model: ModelCard, gpu: GpuProfile, tp: int) -> IterationCost:
     return IterationCost(model, gpu, tp=tp)
 
 
-def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> Engine:
+def build_engine(
+    bank: GpuBank, model: ModelCard, instance: InstanceConfig, keep_segments: bool = False
+) -> Engine:
     """An engine for this model on the bank's kind of GPU.
 
     Raises:
@@ -227,6 +237,7 @@ def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> E
         tokens_per_tile=model.tokens_per_tile,
         image_in_prompt=model.image_in_prompt,
         preprocess_s=cost.preprocess_s(),
+        keep_segments=keep_segments,
     )
 
 
@@ -317,10 +328,16 @@ class ServerBank:
         bank: all the GPUs, ``gpus_per_node`` for each node in order.
         num_nodes: how many nodes share it.
         faults: when which GPU of the bank is lost, seconds.
+        keep_segments: have engines keep what `drain_segments` gives.
     """
 
     def __init__(
-        self, bank: GpuBank, num_nodes: int, *, faults: Sequence[tuple[float, int]] = ()
+        self,
+        bank: GpuBank,
+        num_nodes: int,
+        *,
+        faults: Sequence[tuple[float, int]] = (),
+        keep_segments: bool = False,
     ) -> None:
         if bank.count % num_nodes:
             raise ValueError(f"{bank.count} GPUs do not divide into {num_nodes} nodes")
@@ -328,7 +345,8 @@ class ServerBank:
         self._roster = _Roster()
         per_node = bank.count // num_nodes
         self.serving = [
-            NodeServing(bank, node * per_node, per_node, self._roster) for node in range(num_nodes)
+            NodeServing(bank, node * per_node, per_node, self._roster, keep_segments)
+            for node in range(num_nodes)
         ]
         self.gpus = [NodeGpus(bank.state, node * per_node, per_node) for node in range(num_nodes)]
         self._farm: Farm | None = None
@@ -347,6 +365,8 @@ class ServerBank:
         if self._farm is None:
             self._refresh()
             self._farm = Farm(self._roster.engines, self._roster.awake)
+            for serving in self.serving:
+                serving.wakes_s[:] = [math.inf] * len(serving.wakes_s)
         return self._farm
 
     def submit(self, index: int, request: Request, t_s: float) -> list[Event]:
@@ -437,11 +457,12 @@ class ServerBank:
         """Note when engines that did something wake next; who has nothing to do, sleeps."""
         roster, farm = self._roster, self._farm
         for index in list(roster.awake):
-            serving, local = roster.owners[index]
             wake_s = roster.engines[index].next_event_s
-            serving.wakes_s[local] = wake_s
             if farm is not None:
                 farm.rearm(index)
+            else:
+                serving, local = roster.owners[index]
+                serving.wakes_s[local] = wake_s
             if wake_s == math.inf:
                 roster.awake.discard(index)
 
@@ -469,3 +490,12 @@ class ServerBank:
     def drain_gaps(self) -> list[tuple[int, int, int]]:
         """Inter-token gaps since the last call: (engine, histogram bin, count)."""
         return gaps_of(self._roster.engines)
+
+    def drain_segments(self) -> list[tuple[Any, ...]]:
+        """Blocks of iterations that have ended since the last call: the engine, then `Segment`."""
+        rows: list[tuple[Any, ...]] = []
+        for index, engine in enumerate(self._roster.engines):
+            if engine.segments:
+                rows += [(index, *segment) for segment in engine.segments]
+                engine.segments.clear()
+        return rows

@@ -47,7 +47,7 @@ from testbed.core.messages import (
     TenantLimits,
     Welcome,
 )
-from testbed.core.spec import RunSpec
+from testbed.core.spec import ClassSpec, RunSpec
 from testbed.core.transport.base import Hub
 from testbed.core.view import (
     Bools,
@@ -63,23 +63,22 @@ from testbed.core.view import (
 )
 from testbed.recorder.writer import Recorder
 
+TOTALS_PERIOD_S = 60.0
+"""How often counts of all requests are written down, where not every request is."""
+
 
 @dataclass(slots=True)
 class InFlight:
     """A request on its way."""
 
     request: Request
+    tokens: int
+    """What it counts for in `InstanceColumns.outstanding_tokens`."""
     instance: int = -1
     attempts: int = 0
     routed_s: float = float("nan")
     first_token_s: float = float("nan")
     first_token_seen_s: float = float("nan")
-
-    @property
-    def tokens(self) -> int:
-        """What it counts for in `InstanceColumns.outstanding_tokens`."""
-        request = self.request
-        return request.prompt_tokens + request.image_tokens + request.output_tokens
 
 
 class Coordinator:
@@ -134,6 +133,10 @@ class Coordinator:
         self._node_of: list[int] = self.layout.instances.node.tolist()
         self._monotonic_ns = monotonic_ns
         self._classes = {slo_class.name: slo_class for slo_class in spec.slo_class}
+        self._every = spec.record.requests_every
+        self._sums: dict[tuple[str, str], list[int]] = {}
+        """By class and status since the last row of totals; see `_tally`."""
+        self._totals_s = 0.0
         self.in_flight: dict[int, InFlight] = {}
         self._held: deque[InFlight] = deque()
         self._draining = np.zeros(len(self.layout.instances.name), dtype=np.bool_)
@@ -446,14 +449,16 @@ class Coordinator:
     def on_arrival(self, request: Request, now_s: float) -> None:
         """A request arrives at the front door."""
         self.arrived_total += 1
-        entry = InFlight(request)
+        tokens = request.prompt_tokens + request.image_tokens + request.output_tokens
+        entry = InFlight(request, tokens)
         self.in_flight[request.id] = entry
         self._route(entry, now_s)
 
     def _route(self, entry: InFlight, now_s: float) -> bool:
         """Send a request to the router's choice, or hold it; True if it was sent."""
         self.view.now_s = now_s
-        chosen = self._router.route(entry.request, self.view)
+        request = entry.request
+        chosen = self._router.route(request, self.view)
         if chosen is None or not self._is_up(chosen):
             if len(self._held) >= self.spec.control.hold_limit:
                 self._end(entry, "rejected", now_s, now_s, 0)
@@ -467,7 +472,7 @@ class Coordinator:
         instances.outstanding_requests[chosen] += 1
         instances.outstanding_tokens[chosen] += entry.tokens
         node = self.layout.nodes[self._node_of[chosen]]
-        self._submit(node, Submit(chosen - node.instances.start, entry.request), now_s)
+        self._submit(node, Submit(chosen - node.instances.start, request), now_s)
         return True
 
     def _is_up(self, instance: int) -> bool:
@@ -487,9 +492,11 @@ class Coordinator:
                 break
 
     def _take_back(self, entry: InFlight) -> None:
-        if entry.instance >= 0:
-            self.layout.instances.outstanding_requests[entry.instance] -= 1
-            self.layout.instances.outstanding_tokens[entry.instance] -= entry.tokens
+        instance = entry.instance
+        if instance >= 0:
+            instances = self.layout.instances
+            instances.outstanding_requests[instance] -= 1
+            instances.outstanding_tokens[instance] -= entry.tokens
         entry.instance = -1
 
     def _end(
@@ -506,6 +513,10 @@ class Coordinator:
     ) -> None:
         request = entry.request
         slo_class = self._classes[request.slo_class]
+        if self._every > 1:
+            self._tally(request, slo_class, entry, status, seen_s)
+            if request.id % self._every:
+                return
         # In the order of the table.
         self._records.request(
             (
@@ -531,6 +542,31 @@ class Coordinator:
                 slo_class.tpot_s,
             )
         )
+
+    def _tally(
+        self, request: Request, slo_class: ClassSpec, entry: InFlight, status: str, seen_s: float
+    ) -> None:
+        """Count a request whose row may not be kept."""
+        key = (request.slo_class, status)
+        sums = self._sums.get(key)
+        if sums is None:
+            sums = self._sums[key] = [0, 0, 0, 0, 0]
+        sums[0] += 1
+        sums[1] += request.prompt_tokens
+        sums[2] += request.image_tokens
+        sums[3] += request.output_tokens
+        if status == "completed":
+            # The rule of testbed.analysis.latency.
+            first_s, gaps = entry.first_token_seen_s, request.output_tokens - 1
+            slow = first_s - request.arrival_s > slo_class.ttft_s
+            slow = slow or (gaps > 0 and (seen_s - first_s) / gaps > slo_class.tpot_s)
+            sums[4] += not slow
+
+    def _record_totals(self, now_s: float) -> None:
+        self._totals_s = now_s
+        for (name, status), sums in sorted(self._sums.items()):
+            self._records.totals(now_s, name, status, sums)
+        self._sums.clear()
 
     # What policies decide.
 
@@ -728,6 +764,8 @@ class Coordinator:
             if beat:
                 self._hub.send(node.name, Heartbeat(), now_s)
         self._record_rows(now_s)
+        if self._sums and now_s - self._totals_s >= TOTALS_PERIOD_S - 1e-9:
+            self._record_totals(now_s)
 
     def _record_rows(self, now_s: float) -> None:
         gpus, rows = self.layout.gpus, self.layout.rows
@@ -754,6 +792,7 @@ class Coordinator:
         self.stopping = True
         for entry in list(self.in_flight.values()):
             self._record_request(entry, "in_flight", float("nan"), float("nan"), 0)
+        self._record_totals(now_s)
         for node in self.layout.nodes:
             if node.incarnation:
                 self._hub.send(node.name, Stop(reason), now_s)

@@ -98,6 +98,7 @@ class NodeConfig(_Wire, frozen=True):
     ramp_up_w_per_s: float
     delay_s: float
     preprocess_in_tenants: bool = False
+    gaps_period_s: float = 1.0
 
 
 # Node and coordinator get to know each other.
@@ -256,7 +257,7 @@ class Progress(_Wire, frozen=True, tag=True):
 
 
 class Gaps(_Wire, frozen=True, tag=True):
-    """Inter-token gaps since the last word, as counts per instance and histogram bin."""
+    """Inter-token gaps of the last ``gaps_period_s``, as counts per instance and histogram bin."""
 
     instance: list[int]
     bin: list[int]

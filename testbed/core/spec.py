@@ -164,6 +164,14 @@ class RecordSpec(_Table, frozen=True):
 
     gpu_period_s: NotNegative = 0.0
     """Least time between two recorded samples of a GPU; 0 keeps every report."""
+    instance_period_s: NotNegative = 0.0
+    """The same for an instance."""
+    itl_period_s: NotNegative = 0.0
+    """Counts of gaps between tokens are put together over so much time; 0 keeps each second's."""
+    requests_every: Count = 1
+    """Keep the rows of every so manieth request. Counts, tokens and SLOs are kept of all."""
+    segments: bool = False
+    """Keep the engines' segments: the time of each token of a virtual run can be had from them."""
     views: bool = True
     """Keep the views that policies saw: needed by ``testbed replay``."""
 
@@ -335,6 +343,8 @@ def _check(spec: RunSpec) -> None:
                 raise SpecError(f"run spec: fault.{field} = {value} must be below {count}")
     if spec.fault and spec.mode == "hardware":
         raise SpecError("run spec: fault: only emulated GPUs can be told to fail")
+    if spec.record.segments and spec.mode != "virtual":
+        raise SpecError(f"run spec: record.segments: only a virtual run has them, not {spec.mode}")
     if spec.control.lease_s < 3 * spec.control.sample_period_s:
         raise SpecError(
             f"run spec: control.lease_s = {spec.control.lease_s} must be at least three times "

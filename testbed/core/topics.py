@@ -53,7 +53,7 @@ TOPICS: dict[type[Body], Topic] = {
     Report: Topic("telemetry", "node", "every sample_period_s", "gpus, instances, tenants"),
     Submit: Topic("control", "coordinator", "per request", "requests"),
     Progress: Topic("control", "node", "per first token and end", "requests"),
-    Gaps: Topic("control", "node", "every second", "itl"),
+    Gaps: Topic("control", "node", "every gaps_period_s", "itl"),
     Lease: Topic("control", "coordinator", "lease_s / 3, and on change", "commands"),
     TenantLimits: Topic("control", "coordinator", "on change", "commands"),
     Ack: Topic("control", "node", "answers Lease", "events"),

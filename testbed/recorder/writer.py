@@ -86,11 +86,17 @@ class TableWriter:
         self._sink: Any = None
         self._stream: Any = None
 
-    def append_row(self, row: tuple[Any, ...]) -> None:
-        """Add one row, in the table's order. Rows wait for each other and are put in as columns."""
-        self._rows.append(row)
-        if len(self._rows) >= BATCH_ROWS:
-            self._put_rows()
+    def append_row(self, row: tuple[Any, ...]) -> bool:
+        """Add one row, in the table's order; True once it is time to flush.
+
+        Rows wait for each other and are put in as columns.
+        """
+        rows = self._rows
+        rows.append(row)
+        if len(rows) < BATCH_ROWS:
+            return False
+        self._put_rows()
+        return self.num_rows >= FULL_ROWS
 
     def _put_rows(self) -> None:
         rows, self._rows = self._rows, []
@@ -161,6 +167,23 @@ class TableWriter:
             self._stream = None
 
 
+class _Due:
+    """Which samples of a bank to keep: those at least ``period_s`` apart."""
+
+    def __init__(self, period_s: float) -> None:
+        self.period_s = period_s
+        self.next_s: dict[int, float] = {}
+
+    def now(self, bank: int, t_s: float) -> bool:
+        """Whether to keep the sample at ``t_s``; it is taken as kept."""
+        if not self.period_s:
+            return True
+        if t_s < self.next_s.get(bank, t_s) - 1e-6:
+            return False
+        self.next_s[bank] = t_s + self.period_s
+        return True
+
+
 class Recorder:
     """The recording of one run while it goes on.
 
@@ -198,8 +221,8 @@ class Recorder:
         self._requests = self.tables["requests"]
         self._tenants = self.tables["tenants"]
         self._names: dict[str, tuple[str, ...]] = {}
-        self._gpu_period_s = spec.record.gpu_period_s
-        self._gpu_due_s: dict[int, float] = {}
+        self._gpu_due = _Due(spec.record.gpu_period_s)
+        self._instance_due = _Due(spec.record.instance_period_s)
         self._held: dict[int, tuple[float, Any, GpuReadings]] = {}
         self._flushed = self._started
         self._last_s = 0.0
@@ -225,9 +248,12 @@ class Recorder:
 
     def request(self, row: tuple[Any, ...]) -> None:
         """A request has ended; ``row`` is in the order of the table ``requests``."""
-        self._requests.append_row(row)
-        if self._requests.num_rows >= FULL_ROWS:
+        if self._requests.append_row(row):
             self._flush()
+
+    def totals(self, t_s: float, slo_class: str, status: str, sums: Sequence[int]) -> None:
+        """Requests that ended, counted: how many, their tokens, how many attained their SLO."""
+        self.tables["request_totals"].append(1, t_s, slo_class, status, *sums)
 
     # What does not change.
 
@@ -291,13 +317,11 @@ class Recorder:
         With ``record.gpu_period_s`` set, a report that comes too soon is held back; the last one
         is kept at the end, so that energy counters cover the whole run.
         """
-        if self._gpu_period_s:
-            bank = int(gpu[0])
-            if t_s < self._gpu_due_s.get(bank, t_s) - 1e-6:
-                self._held[bank] = (t_s, gpu, readings)
-                return
-            self._gpu_due_s[bank] = t_s + self._gpu_period_s
-            self._held.pop(bank, None)
+        bank = int(gpu[0])
+        if not self._gpu_due.now(bank, t_s):
+            self._held[bank] = (t_s, gpu, readings)
+            return
+        self._held.pop(bank, None)
         self._put_gpus(t_s, gpu, readings)
 
     def _put_gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
@@ -309,7 +333,12 @@ class Recorder:
     def instances(
         self, t_s: float, instance: Any, readings: InstanceReadings, outstanding_tokens: Any
     ) -> None:
-        """A node's instances, and how many tokens the coordinator holds each to have ahead."""
+        """A node's instances, and how many tokens the coordinator holds each to have ahead.
+
+        Thinned by ``record.instance_period_s``.
+        """
+        if not len(instance) or not self._instance_due.now(int(instance[0]), t_s):
+            return
         self._instances.append(
             len(instance), t_s, instance, *msgspec.structs.astuple(readings), outstanding_tokens
         )
@@ -332,6 +361,14 @@ class Recorder:
     def itl(self, t_s: float, instance: int, bins: Any, counts: Any) -> None:
         """Gaps between tokens of an instance since the last call, by `tables.itl_bin`."""
         self.tables["itl"].append(len(bins), t_s, instance, bins, counts)
+
+    def segments(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Finished segments of engines: the instance, then `emulators.engine.Segment`."""
+        if rows:
+            writer = self.tables["segments"]
+            writer.append(len(rows), *zip(*rows, strict=True))
+            if writer.num_rows >= FULL_ROWS:
+                self._flush()
 
     # Control.
 

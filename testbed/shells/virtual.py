@@ -68,6 +68,7 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
         emulated_bank(spec, parts.profile, state, places),
         num_nodes=len(names),
         faults=gpu_faults(spec, places),
+        keep_segments=spec.record.segments,
     )
     path: RequestPath | None = None
     if not (by_message or transport.jitter_s or transport.delay_s > _LEAN_DELAY_S):
@@ -107,6 +108,8 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
     def tick(now_s: float) -> None:
         nonlocal ticks
         servers.tick(now_s)
+        if spec.record.segments:
+            parts.records.segments(servers.drain_segments())
         if bank is not None:
             loop.call_at(now_s, SAMPLE, bank.sample)
         else:
@@ -130,6 +133,8 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
     for node in nodes:
         node.daemon.close(loop.now_s, Bye("the run is over", 0.0, 0.0, 0.0, 0, 0))
     run(end_s + 2 * wire_s)
+    if spec.record.segments:
+        parts.records.segments(servers.drain_segments())
 
 
 def _virtual_node(

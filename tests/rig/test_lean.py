@@ -16,6 +16,7 @@ from testbed.shells.lean import BankReports, RequestPath
 from tests.conftest import SMALL, table_hashes
 
 FAULT = "\n[[fault]]\nat_s = 6.05\nnode = 1\ngpu = 0\n"
+TENANTS = "\n[tenants]\nper_node = 2\npreprocess = true\n"
 DRAINS = '''
 from testbed.policies import DrainInstance
 import numpy as np
@@ -53,7 +54,7 @@ def both_ways(tmp_path, monkeypatch, *overrides, text=SMALL):
         (FAULT, ["workload.rate_rps=60", "control.max_attempts=1"]),
         ("", ["pool.0.engine={kv_blocks=60, max_num_seqs=6}", "workload.rate_rps=40"]),
         ("", ["transport.loss_frac=0.3"]),
-        ("\n[tenants]\nper_node = 2\npreprocess = true\n", ["duration_s=12", "workload.rate_rps=60"]),
+        (TENANTS, ["duration_s=12", "workload.rate_rps=60"]),
         ("", ["record.gpu_period_s=1.0", "control.lease_s=0.5", "cluster.row_budget_w=1500"]),
         ("", ["cluster.gpu=a100-80gb", "control.hold_limit=3", "policy.0.use=DRAINS"]),
     ],
