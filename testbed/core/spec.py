@@ -78,9 +78,9 @@ class ClassSpec(_Table, frozen=True):
 class WorkloadSpec(_Table, frozen=True):
     """Where requests come from. Fields that a source does not use must be left at their default."""
 
-    source: Literal["azure_llm", "azure_lmm", "poisson", "bursty", "long_context", "csv"] = (
-        "poisson"
-    )
+    source: Literal[
+        "azure_llm", "azure_llm_week", "azure_lmm", "poisson", "bursty", "long_context", "csv"
+    ] = "poisson"
     trace: str = ""
     """A trace file, or the name of one we ship."""
     start_s: NotNegative = 0.0
