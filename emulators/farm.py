@@ -30,10 +30,12 @@ class Farm:
         for index in range(len(engines)):
             self.rearm(index)
 
-    def submit(self, index: int, request: Request, t_s: float) -> list[Event]:
+    def submit(
+        self, index: int, request: Request, t_s: float, ttft_s: float = math.inf
+    ) -> list[Event]:
         """Give an engine a request; returns what came of it at once."""
         engine = self.engines[index]
-        engine.submit(request, max(t_s, engine.now_s))
+        engine.submit(request, max(t_s, engine.now_s), ttft_s)
         self.awake.add(index)
         self.rearm(index)
         events = engine.events

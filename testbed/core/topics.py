@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from testbed.core.messages import (
     Ack,
+    Arrange,
     Body,
     Bye,
     Gaps,
@@ -21,9 +22,11 @@ from testbed.core.messages import (
     Progress,
     Refused,
     Report,
+    Returned,
     Stop,
     Submit,
     TenantLimits,
+    Tune,
     Welcome,
 )
 
@@ -54,7 +57,10 @@ TOPICS: dict[type[Body], Topic] = {
     Submit: Topic("control", "coordinator", "per request", "requests"),
     Progress: Topic("control", "node", "per first token and end", "requests"),
     Gaps: Topic("control", "node", "every gaps_period_s", "itl"),
+    Returned: Topic("control", "node", "when requests are given up", "moves"),
     Lease: Topic("control", "coordinator", "lease_s / 3, and on change", "commands"),
     TenantLimits: Topic("control", "coordinator", "on change", "commands"),
+    Arrange: Topic("control", "coordinator", "on change", "commands, layout"),
+    Tune: Topic("control", "coordinator", "on change", "commands"),
     Ack: Topic("control", "node", "answers Lease", "events"),
 }

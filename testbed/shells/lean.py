@@ -49,15 +49,15 @@ class RequestPath:
         self._delay_s = delay_s
         self._requests = requests
         self._next = next(requests, None)
-        self.submits: deque[tuple[float, int, Request]] = deque()
-        """Due time, engine and request of what was routed and has not arrived there yet."""
+        self.submits: deque[tuple[float, int, Submit]] = deque()
+        """Due time and engine of what was routed and has not arrived there yet."""
         self.news: deque[tuple[float, int, list[Event]]] = deque()
         """Due time, engine and events of what the coordinator has not heard yet."""
 
     def submit(self, node: Node, body: Submit, now_s: float) -> None:
         """The coordinator sends a request to a node."""
         index = node.instances.start + body.instance
-        self.submits.append((now_s + self._delay_s, index, body.request))
+        self.submits.append((now_s + self._delay_s, index, body))
 
     def tell(self, index: int, events: list[Event], now_s: float) -> None:
         """An engine has news for the coordinator."""
@@ -93,8 +93,8 @@ class RequestPath:
                 if events:
                     self.tell(index, events, t_s)
             elif what == 1:
-                _, index, request = submits.popleft()
-                events = servers.submit(index, request, t_s)
+                _, index, body = submits.popleft()
+                events = servers.submit(index, body.request, t_s, body.ttft_s)
                 if events:
                     self.tell(index, events, t_s)
             elif what == 2:

@@ -71,7 +71,8 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
         keep_segments=spec.record.segments,
     )
     path: RequestPath | None = None
-    if not (by_message or transport.jitter_s or transport.delay_s > _LEAN_DELAY_S):
+    odd = transport.jitter_s or transport.delay_s > _LEAN_DELAY_S or spec.cluster.elastic
+    if not (by_message or odd):
         path = RequestPath(loop, servers, transport.delay_s, parts.requests)
     desk = Desk(parts, loop)
     desk.coordinator = Coordinator(
