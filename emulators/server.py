@@ -660,6 +660,44 @@ class ServerBank:
                 events, engine.events = engine.events, []
                 yield index, events
 
+    def save(self) -> dict[str, Any]:
+        """The state of engines and GPUs as plain data; `restore` gives it to a bank made alike."""
+        self._refresh()
+        return {
+            "bank": self.bank.save(),
+            "engines": [engine.save() for engine in self._roster.engines],
+            "awake": self._roster.awake,
+            "asked": self._asked,
+            "totals": self._totals,
+            "clock_frac": self._clock_frac,
+            "readings": self._readings,
+            "t_s": self._t_s,
+            "faults": self._faults,
+            "lost": self._lost,
+            "nodes": [(serving.dead, serving.preprocess_slowdown) for serving in self.serving],
+        }
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Be what `save` saw."""
+        self._refresh()
+        self.bank.restore(kept["bank"])
+        for engine, state in zip(self._roster.engines, kept["engines"], strict=True):
+            engine.restore(state)
+        for serving, (dead, slowdown) in zip(self.serving, kept["nodes"], strict=True):
+            serving.dead, serving.preprocess_slowdown = dead, slowdown
+        self._asked = kept["asked"]
+        self._totals = kept["totals"]
+        self._clock_frac = kept["clock_frac"]
+        self._readings = kept["readings"]
+        self._t_s = kept["t_s"]
+        self._faults = kept["faults"]
+        self._lost = kept["lost"]
+        self._roster.awake.clear()
+        self._roster.awake.update(kept["awake"])
+        farm = self.farm()
+        for index in range(len(self._roster.engines)):
+            farm.rearm(index)
+
     def read_gpus(self) -> dict[str, Any]:
         """Readings of all GPUs, see `gpu_columns`."""
         return gpu_columns(self.bank.state)

@@ -177,7 +177,27 @@ def run(
         curve=rig.curve_of(curve_secret, clients=curve_clients),
     )
     progress.close()
-    if not no_report:
+    _show_run(folder, report=not no_report, as_json=as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--no-report", is_flag=True, help="Do not write report.html.")
+@_JSON
+def resume(folder: Path, no_report: bool, as_json: bool) -> None:
+    """Go on with a virtual run that was broken off, from its last checkpoint.
+
+    The run file must have asked for them: record.checkpoint_s.
+    """
+    _compile_first()
+    progress = _Progress(quiet=as_json and not sys.stderr.isatty())
+    rig.resume(folder, progress=progress)
+    progress.close()
+    _show_run(folder, report=not no_report, as_json=as_json)
+
+
+def _show_run(folder: Path, *, report: bool, as_json: bool) -> None:
+    if report:
         write_report(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if as_json:

@@ -35,11 +35,11 @@ MAX_MESSAGE_BYTES = 16 << 20
 """Longest message a socket accepts. A bank report of 10,000 GPUs is about 1 MB."""
 
 
-class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What every part of a message shares: immutable, and strict about unknown fields."""
 
 
-class GpuInfo(_Wire, frozen=True):
+class GpuInfo(Frozen, frozen=True):
     """What does not change about a GPU while a daemon runs."""
 
     uuid: str
@@ -52,7 +52,7 @@ class GpuInfo(_Wire, frozen=True):
     sm_clock_max_mhz: float
 
 
-class TenantInfo(_Wire, frozen=True):
+class TenantInfo(Frozen, frozen=True):
     """A tenant of host memory on a node: a guaranteed part and an oversubscribed part."""
 
     name: str
@@ -62,7 +62,7 @@ class TenantInfo(_Wire, frozen=True):
     """What holds it: ``real`` cgroups, or a model and why."""
 
 
-class EngineConfig(_Wire, frozen=True):
+class EngineConfig(Frozen, frozen=True):
     """How an instance batches; the defaults are vLLM v1's on a large GPU."""
 
     max_num_seqs: int = 256
@@ -80,7 +80,7 @@ class EngineConfig(_Wire, frozen=True):
     """Sum runs of alike iterations in closed form. Off steps one by one: same results, slower."""
 
 
-class InstanceConfig(_Wire, frozen=True):
+class InstanceConfig(Frozen, frozen=True):
     """One copy of a model on ``tp`` GPUs of a node."""
 
     name: str
@@ -95,7 +95,7 @@ class InstanceConfig(_Wire, frozen=True):
     """Where nodes are elastic: tells this instance from all others that its node ever held."""
 
 
-class Delays(_Wire, frozen=True):
+class Delays(Frozen, frozen=True):
     """What it takes to bring an instance up or to re-shape it; models in emulators/reconfigure.py.
 
     Seconds and rates are published ones, see there for the sources; the run file may change them.
@@ -123,7 +123,7 @@ class Delays(_Wire, frozen=True):
     """Longest that an instance on its way out goes on serving what it has (assumed)."""
 
 
-class NodeConfig(_Wire, frozen=True):
+class NodeConfig(Frozen, frozen=True):
     """What the coordinator asks of a node when it joins."""
 
     name: str
@@ -150,7 +150,7 @@ class NodeConfig(_Wire, frozen=True):
 # Node and coordinator get to know each other.
 
 
-class Hello(_Wire, frozen=True, tag=True):
+class Hello(Frozen, frozen=True, tag=True):
     """First word of a node. ``boot_id`` tells whether the two share a monotonic clock."""
 
     protocol: int
@@ -159,7 +159,7 @@ class Hello(_Wire, frozen=True, tag=True):
     tenants: list[TenantInfo]
 
 
-class Welcome(_Wire, frozen=True, tag=True):
+class Welcome(Frozen, frozen=True, tag=True):
     """The coordinator takes the node in. Sent again until the node's reports arrive."""
 
     epoch: int
@@ -169,36 +169,36 @@ class Welcome(_Wire, frozen=True, tag=True):
     config: NodeConfig
 
 
-class Refused(_Wire, frozen=True, tag=True):
+class Refused(Frozen, frozen=True, tag=True):
     """The coordinator does not take the node in, and why."""
 
     reason: str
 
 
-class Ping(_Wire, frozen=True, tag=True):
+class Ping(Frozen, frozen=True, tag=True):
     """Asks the coordinator for the time, to set this node's clock against it."""
 
     sent_ns: int
 
 
-class Pong(_Wire, frozen=True, tag=True):
+class Pong(Frozen, frozen=True, tag=True):
     """The answer; half the round trip is the error of the offset."""
 
     sent_ns: int
     answered_ns: int
 
 
-class Heartbeat(_Wire, frozen=True, tag=True):
+class Heartbeat(Frozen, frozen=True, tag=True):
     """The coordinator lives. Any other message from it says the same."""
 
 
-class Stop(_Wire, frozen=True, tag=True):
+class Stop(Frozen, frozen=True, tag=True):
     """The run is over: restore what was found, say `Bye` and leave."""
 
     reason: str
 
 
-class Bye(_Wire, frozen=True, tag=True):
+class Bye(Frozen, frozen=True, tag=True):
     """Last word of a node, with its own account of how punctual it was."""
 
     reason: str
@@ -212,7 +212,7 @@ class Bye(_Wire, frozen=True, tag=True):
 # Telemetry.
 
 
-class GpuReadings(_Wire, frozen=True):
+class GpuReadings(Frozen, frozen=True):
     """One column per quantity, one entry per GPU of the bank."""
 
     power_instant_w: list[float]
@@ -229,7 +229,7 @@ class GpuReadings(_Wire, frozen=True):
     lost: list[bool]
 
 
-class InstanceReadings(_Wire, frozen=True):
+class InstanceReadings(Frozen, frozen=True):
     """One entry per instance of the node."""
 
     num_running: list[int]
@@ -240,7 +240,7 @@ class InstanceReadings(_Wire, frozen=True):
     preemptions_total: list[int]
 
 
-class TenantReadings(_Wire, frozen=True):
+class TenantReadings(Frozen, frozen=True):
     """One entry per tenant of the node; kernel words, see STYLE's host table."""
 
     working_set_bytes: list[int]
@@ -254,7 +254,7 @@ class TenantReadings(_Wire, frozen=True):
     frozen: list[bool]
 
 
-class SlotReadings(_Wire, frozen=True):
+class SlotReadings(Frozen, frozen=True):
     """What the slots of an elastic node hold, one entry per GPU; empty on other nodes."""
 
     layout_sequence: int
@@ -266,7 +266,7 @@ class SlotReadings(_Wire, frozen=True):
     ready_s: list[float]
 
 
-class Report(_Wire, frozen=True, tag=True):
+class Report(Frozen, frozen=True, tag=True):
     """A node's state at ``Envelope.t_s``."""
 
     gpus: GpuReadings
@@ -284,7 +284,7 @@ class Report(_Wire, frozen=True, tag=True):
 # Serving.
 
 
-class Request(_Wire, frozen=True):
+class Request(Frozen, frozen=True):
     """What a client sends. Token counts are of the model's own tokenizer."""
 
     id: int
@@ -299,7 +299,7 @@ class Request(_Wire, frozen=True):
     slo_class: str = "default"
 
 
-class Submit(_Wire, frozen=True, tag=True):
+class Submit(Frozen, frozen=True, tag=True):
     """Serve this request on that instance of yours."""
 
     instance: int
@@ -309,7 +309,7 @@ class Submit(_Wire, frozen=True, tag=True):
     Orders queues by deadline."""
 
 
-class Progress(_Wire, frozen=True, tag=True):
+class Progress(Frozen, frozen=True, tag=True):
     """What became of requests, in columns: ``t_s`` is when it happened on the node."""
 
     request_id: list[int]
@@ -318,7 +318,7 @@ class Progress(_Wire, frozen=True, tag=True):
     preemptions: list[int]
 
 
-class Returned(_Wire, frozen=True, tag=True):
+class Returned(Frozen, frozen=True, tag=True):
     """Requests that an instance gave up before they ended, in columns.
 
     ``recalled`` was asked for; ``drained`` ran out of time; ``resharded`` lost its instance to
@@ -333,7 +333,7 @@ class Returned(_Wire, frozen=True, tag=True):
     why: list[ReturnedWhy]
 
 
-class Gaps(_Wire, frozen=True, tag=True):
+class Gaps(Frozen, frozen=True, tag=True):
     """Inter-token gaps of the last ``gaps_period_s``, as counts per instance and histogram bin."""
 
     instance: list[int]
@@ -345,7 +345,7 @@ class Gaps(_Wire, frozen=True, tag=True):
 # Control.
 
 
-class Lease(_Wire, frozen=True, tag=True):
+class Lease(Frozen, frozen=True, tag=True):
     """All caps of a node, for a while. Without renewal it moves to its safe caps by itself."""
 
     epoch: int
@@ -356,14 +356,14 @@ class Lease(_Wire, frozen=True, tag=True):
     """Highest SM clock allowed per GPU; 0 leaves it unlocked."""
 
 
-class TenantLimits(_Wire, frozen=True, tag=True):
+class TenantLimits(Frozen, frozen=True, tag=True):
     """Memory limits for tenants of the node, by index; they hold until changed."""
 
     tenant: list[int]
     memory_limit_bytes: list[int]
 
 
-class Arrange(_Wire, frozen=True, tag=True):
+class Arrange(Frozen, frozen=True, tag=True):
     """Hold these instances and no others; see `testbed.core.view.SetLayout`.
 
     An instance whose ``serial`` the node holds already goes on.
@@ -374,7 +374,7 @@ class Arrange(_Wire, frozen=True, tag=True):
     how: StartHow
 
 
-class Tune(_Wire, frozen=True, tag=True):
+class Tune(Frozen, frozen=True, tag=True):
     """A quick change to instances of the node.
 
     ``batch`` sets the most sequences in a batch to ``value``; ``order`` orders the queue by
@@ -387,7 +387,7 @@ class Tune(_Wire, frozen=True, tag=True):
     value_count: list[float]
 
 
-class Ack(_Wire, frozen=True, tag=True):
+class Ack(Frozen, frozen=True, tag=True):
     """What the node did with a lease: refused (and why), or the limits as read back."""
 
     epoch: int
@@ -418,7 +418,7 @@ Body = (
 )
 
 
-class Envelope(_Wire, frozen=True):
+class Envelope(Frozen, frozen=True):
     """Who says it (and which life of them), the how manieth word it is, and when it was true."""
 
     source: str

@@ -193,6 +193,8 @@ class RecordSpec(_Table, frozen=True):
     """Counts of gaps between tokens are put together over so much time; 0 keeps each second's."""
     requests_every: Count = 1
     """Keep the rows of every so manieth request. Counts, tokens and SLOs are kept of all."""
+    checkpoint_s: NotNegative = 0.0
+    """Run time between two checkpoints, from which ``testbed resume`` goes on; 0 keeps none."""
     segments: bool = False
     """Keep the engines' segments: the time of each token of a virtual run can be had from them."""
     views: bool = True
@@ -417,8 +419,9 @@ def _check(spec: RunSpec) -> None:
                 raise SpecError(f"run spec: fault.{field} = {value} must be below {count}")
     if spec.fault and spec.mode == "hardware":
         raise SpecError("run spec: fault: only emulated GPUs can be told to fail")
-    if spec.record.segments and spec.mode != "virtual":
-        raise SpecError(f"run spec: record.segments: only a virtual run has them, not {spec.mode}")
+    for field in ("segments", "checkpoint_s"):
+        if getattr(spec.record, field) and spec.mode != "virtual":
+            raise SpecError(f"run spec: record.{field}: only for virtual runs, not {spec.mode}")
     if spec.record.segments and spec.cluster.elastic:
         raise SpecError("run spec: record.segments: not with cluster.elastic")
     if spec.control.lease_s < 3 * spec.control.sample_period_s:
