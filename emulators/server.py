@@ -530,6 +530,8 @@ class ServerBank:
         self._left = np.zeros((3, bank.count))
         """What engines that left since the last tick had done since the one before, per GPU."""
         self._asked: list[int] = []
+        self._unread: set[int] = set()
+        """Engines that were asked in a tick since `read_instances`."""
         self._readings: dict[str, Any] = {}
         self._t_s = 0.0
         self._faults = sorted(faults)
@@ -577,6 +579,7 @@ class ServerBank:
         for index, engine in enumerate(roster.engines):
             if id(engine) in before:
                 self._totals[:, index] = before[id(engine)]
+        self._unread.clear()  # all are awake, and asked by the next tick
         self._clock_frac = np.array([engine.clock_frac for engine in roster.engines])
         self._readings = {
             "num_running": np.zeros(count, np.int64),
@@ -637,6 +640,7 @@ class ServerBank:
                 engine.advance_to(t_s)
             encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
             rows.append((encode_s + prefill_s + decode_s, flops, hbm_bytes))
+        self._unread.update(asked)
         done = self._totals.copy()
         if asked:
             done[:, asked] = np.array(rows).T
@@ -668,6 +672,7 @@ class ServerBank:
             "engines": [engine.save() for engine in self._roster.engines],
             "awake": self._roster.awake,
             "asked": self._asked,
+            "unread": self._unread,
             "totals": self._totals,
             "clock_frac": self._clock_frac,
             "readings": self._readings,
@@ -686,6 +691,7 @@ class ServerBank:
         for serving, (dead, slowdown) in zip(self.serving, kept["nodes"], strict=True):
             serving.dead, serving.preprocess_slowdown = dead, slowdown
         self._asked = kept["asked"]
+        self._unread = kept["unread"]
         self._totals = kept["totals"]
         self._clock_frac = kept["clock_frac"]
         self._readings = kept["readings"]
@@ -704,11 +710,12 @@ class ServerBank:
 
     def read_instances(self, t_s: float) -> dict[str, Any]:
         """Readings of all engines by `InstanceReadings`' names, at the time of the last tick."""
-        asked = self._asked
-        if asked:
-            engines = [self._roster.engines[index] for index in asked]
+        changed = sorted(self._unread)
+        self._unread.clear()
+        if changed:
+            engines = [self._roster.engines[index] for index in changed]
             for name, values in msgspec.structs.asdict(readings_of(engines, t_s)).items():
-                self._readings[name][asked] = values
+                self._readings[name][changed] = values
         return self._readings
 
     def drain_gaps(self) -> list[tuple[int, int, int]]:
