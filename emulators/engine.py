@@ -103,6 +103,8 @@ class Cost(Protocol):
     bytes_per_context_token: float
     flops_per_pair: float
     bytes_per_pair: float
+    decode_tables: dict[float, dict[int, tuple[float, float, float]]]
+    """For engines to keep what they asked for: by clock, then by decoding sequences."""
 
     def base_s(
         self,
@@ -799,8 +801,12 @@ class Engine:
         self._per_context_s = self._cost.per_context_token_s(clock_frac)
         self._per_context_mixed_s = self._cost.per_context_token_mixed_s(clock_frac)
         self._per_pair_s = self._cost.per_pair_s(clock_frac)
-        # Time, operations and bytes of pure decoding by batch size, at this clock.
-        self._decode_base: dict[int, tuple[float, float, float]] = {}
+        # Time, operations and bytes of pure decoding by batch size, at this clock. Engines alike
+        # share them: a thousand tables of one's own would not stay in a processor's cache.
+        tables = self._cost.decode_tables
+        if clock_frac not in tables:
+            tables[clock_frac] = {}
+        self._decode_base: dict[int, tuple[float, float, float]] = tables[clock_frac]
 
     # KV blocks.
 

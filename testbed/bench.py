@@ -19,6 +19,7 @@ from emulators.gpu import GpuBank
 from emulators.profiles import load_gpu
 from emulators.server import ServerBank
 from emulators.state import GpuState
+from testbed.core.clock import rare_collections
 from testbed.core.errors import SpecError
 from testbed.core.messages import EngineConfig, InstanceConfig, Request
 from testbed.core.spec import ClassSpec, WorkloadSpec
@@ -110,7 +111,8 @@ def measure_engine(
     stream = bench_requests(requests, instances, rate_rps)
     tally = _Tally()
     begun, cpu_s = time.perf_counter(), time.process_time()
-    end_s = _drive(servers, stream, tally, tick_s if physics else 0.0)
+    with rare_collections():
+        end_s = _drive(servers, stream, tally, tick_s if physics else 0.0)
     wall_s, cpu_s = time.perf_counter() - begun, time.process_time() - cpu_s
     return {
         "instances": instances,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from testbed.core.clock import (
     PHYSICS,
     SAMPLE,
     VirtualScheduler,
+    rare_collections,
 )
 from testbed.core.freeze import thaw
 from testbed.core.messages import Bye, Envelope
@@ -32,22 +30,6 @@ from testbed.shells.schedule import Desk, NodeSchedule, Parts
 
 _LEAN_DELAY_S = 0.4
 """Longest delay with which all nodes have joined by time zero, a second after they began to."""
-
-
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Look for cyclic garbage seldom: a run makes next to none, and a look costs an eighth of it.
-
-    What has been built by now lives as long as the run and is not looked at again.
-    """
-    before = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(200_000, 20, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 class NoJournal(Journal):
@@ -171,7 +153,7 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
     run = path.run if path is not None else loop.run
     loop.call_at(ticks * period_s, PHYSICS, tick)
     desk.begin(arrivals=path is None)
-    with _rare_collections():
+    with rare_collections():
         run(math.inf)
     end_s = loop.now_s
     # Jitter is exponential: thirty times its mean is beyond any that will be drawn.
