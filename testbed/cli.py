@@ -22,8 +22,8 @@ from rich.table import Table
 from emulators import compiled
 from emulators.models import available_models
 from emulators.profiles import available_gpus
+from testbed import bench_scale, rig
 from testbed import emulate as emulation
-from testbed import rig
 from testbed.analysis.compare import compare as comparison
 from testbed.analysis.compare import comparison_lines, write_comparison
 from testbed.analysis.export import export as export_recording
@@ -178,7 +178,27 @@ def run(
         curve=rig.curve_of(curve_secret, clients=curve_clients),
     )
     progress.close()
-    if not no_report:
+    _show_run(folder, report=not no_report, as_json=as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--no-report", is_flag=True, help="Do not write report.html.")
+@_JSON
+def resume(folder: Path, no_report: bool, as_json: bool) -> None:
+    """Go on with a virtual run that was broken off, from its last checkpoint.
+
+    The run file must have asked for them: record.checkpoint_s.
+    """
+    _compile_first()
+    progress = _Progress(quiet=as_json and not sys.stderr.isatty())
+    rig.resume(folder, progress=progress)
+    progress.close()
+    _show_run(folder, report=not no_report, as_json=as_json)
+
+
+def _show_run(folder: Path, *, report: bool, as_json: bool) -> None:
+    if report:
         write_report(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if as_json:
@@ -618,11 +638,15 @@ def bench() -> None:
 @click.option("--requests", default="10000", show_default=True, metavar="COUNT|FILE",
               help="How many, or a CSV of arrival_s, prompt_tokens, output_tokens.")  # fmt: skip
 @click.option("--physics/--no-physics", default=True, show_default=True)
+@click.option("--rate", "rate_rps", default=0.0, metavar="RPS",
+              help="Arrivals together, with a COUNT; else 3 for each instance.")  # fmt: skip
 @_JSON
-def bench_engine_command(instances: int, requests: str, physics: bool, as_json: bool) -> None:
+def bench_engine_command(
+    instances: int, requests: str, physics: bool, rate_rps: float, as_json: bool
+) -> None:
     """Requests per second of wall time that emulated instances serve."""
     _compile_first()
-    result = bench_engine(instances, requests, physics=physics)
+    result = bench_engine(instances, requests, physics=physics, rate_rps=rate_rps)
     if as_json:
         _print_json(result)
         return
@@ -680,6 +704,67 @@ def _print_bench(result: dict[str, Any], as_json: bool) -> None:
     for name, value in result.items():
         shown = f"{value:,.4g}" if isinstance(value, float) else f"{value}"
         click.echo(f"{name:32s} {shown}")
+
+
+_SCALE = click.option("--scale", default=1.0, show_default=True, help="Multiplies all counts.")
+
+
+@bench.command("sizes")
+@_SCALE
+@_JSON
+def bench_sizes_command(scale: float, as_json: bool) -> None:
+    """1 to 10,000 instances, physics on and off, the engine alone and whole runs."""
+    _compile_first()
+    rows = bench_scale.bench_sizes(_say, scale=scale)
+    if as_json:
+        _print_json(rows)
+
+
+@bench.command("dynamo")
+@click.option("--instances", default=8, show_default=True)
+@click.option("--requests", default=10_000, show_default=True)
+@click.option("--rate", "rate_rps", default=0.0, metavar="RPS", help="As for bench engine.")
+@_JSON
+def bench_dynamo_command(instances: int, requests: int, rate_rps: float, as_json: bool) -> None:
+    """The same requests on NVIDIA Dynamo's offline replay, and the ratio."""
+    _compile_first()
+    result = bench_scale.bench_dynamo(instances, requests, _say, rate_rps=rate_rps)
+    if as_json:
+        _print_json(result)
+        return
+    click.echo(
+        f"{instances} instances: {result['ratio_requests_per_s']:.1f} times Dynamo replay in "
+        f"requests/s of wall time, {result['ratio_cpu']:.1f} times by CPU time"
+    )
+
+
+@bench.command("recorder")
+@_JSON
+def bench_recorder_command(as_json: bool) -> None:
+    """What recording everything costs."""
+    _compile_first()
+    result = bench_scale.bench_recorder(_say)
+    if as_json:
+        _print_json(result)
+        return
+    click.echo(
+        f"recording is {result['overhead_frac']:.0%} of the run, "
+        f"{result['per_gpu_sample_us']:.1f} us for each sample of a GPU"
+    )
+
+
+@bench.command("growth")
+@_SCALE
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw the curves here (SVG).")
+@_JSON
+def bench_growth_command(scale: float, figure: Path | None, as_json: bool) -> None:
+    """How the cost of a run grows with GPUs, requests and length."""
+    _compile_first()
+    rows = bench_scale.bench_growth(_say, scale=scale)
+    if figure is not None:
+        bench_scale.write_growth_figure(rows, figure)
+    if as_json:
+        _print_json(rows)
 
 
 # What there is.

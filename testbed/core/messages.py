@@ -40,11 +40,11 @@ MAX_MESSAGE_BYTES = 16 << 20
 """Longest message a socket accepts. A report of 10,000 GPUs is about 0.9 MB."""
 
 
-class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What every part of a message shares: immutable, and strict about unknown fields."""
 
 
-class GpuInfo(_Wire, frozen=True):
+class GpuInfo(Frozen, frozen=True):
     """What does not change about a GPU while a daemon runs."""
 
     uuid: str
@@ -57,7 +57,7 @@ class GpuInfo(_Wire, frozen=True):
     sm_clock_max_mhz: float
 
 
-class TenantInfo(_Wire, frozen=True):
+class TenantInfo(Frozen, frozen=True):
     """A tenant of host memory on a node: a guaranteed part and an oversubscribed part."""
 
     name: str
@@ -67,7 +67,7 @@ class TenantInfo(_Wire, frozen=True):
     """What holds it: ``real`` cgroups, or a model and why."""
 
 
-class EngineConfig(_Wire, frozen=True):
+class EngineConfig(Frozen, frozen=True):
     """How an instance batches; the defaults are vLLM v1's on a large GPU."""
 
     max_num_seqs: int = 256
@@ -85,7 +85,7 @@ class EngineConfig(_Wire, frozen=True):
     """Sum runs of alike iterations in closed form. Off steps one by one: same results, slower."""
 
 
-class InstanceConfig(_Wire, frozen=True):
+class InstanceConfig(Frozen, frozen=True):
     """One copy of a model on ``tp`` GPUs of a node."""
 
     name: str
@@ -100,7 +100,7 @@ class InstanceConfig(_Wire, frozen=True):
     """Where nodes are elastic: tells this instance from all others that its node ever held."""
 
 
-class Delays(_Wire, frozen=True):
+class Delays(Frozen, frozen=True):
     """What it takes to bring an instance up or to re-shape it; models in emulators/reconfigure.py.
 
     Seconds and rates are published ones, see there for the sources; the run file may change them.
@@ -128,7 +128,7 @@ class Delays(_Wire, frozen=True):
     """Longest that an instance on its way out goes on serving what it has (assumed)."""
 
 
-class NodeConfig(_Wire, frozen=True):
+class NodeConfig(Frozen, frozen=True):
     """What the coordinator asks of a node when it joins."""
 
     name: str
@@ -140,6 +140,7 @@ class NodeConfig(_Wire, frozen=True):
     ramp_up_w_per_s: float
     delay_s: float
     preprocess_in_tenants: bool = False
+    gaps_period_s: float = 1.0
     elastic: bool = False
     """Instances are slots, one per GPU, and `Arrange` may change them."""
     delays: Delays = Delays()
@@ -154,7 +155,7 @@ class NodeConfig(_Wire, frozen=True):
 # Node and coordinator get to know each other.
 
 
-class Hello(_Wire, frozen=True, tag=True):
+class Hello(Frozen, frozen=True, tag=True):
     """First word of a node. ``boot_id`` tells whether the two share a monotonic clock."""
 
     protocol: int
@@ -163,7 +164,7 @@ class Hello(_Wire, frozen=True, tag=True):
     tenants: list[TenantInfo]
 
 
-class Welcome(_Wire, frozen=True, tag=True):
+class Welcome(Frozen, frozen=True, tag=True):
     """The coordinator takes the node in. Sent again until the node's reports arrive."""
 
     epoch: int
@@ -173,36 +174,36 @@ class Welcome(_Wire, frozen=True, tag=True):
     config: NodeConfig
 
 
-class Refused(_Wire, frozen=True, tag=True):
+class Refused(Frozen, frozen=True, tag=True):
     """The coordinator does not take the node in, and why."""
 
     reason: str
 
 
-class Ping(_Wire, frozen=True, tag=True):
+class Ping(Frozen, frozen=True, tag=True):
     """Asks the coordinator for the time, to set this node's clock against it."""
 
     sent_ns: int
 
 
-class Pong(_Wire, frozen=True, tag=True):
+class Pong(Frozen, frozen=True, tag=True):
     """The answer; half the round trip is the error of the offset."""
 
     sent_ns: int
     answered_ns: int
 
 
-class Heartbeat(_Wire, frozen=True, tag=True):
+class Heartbeat(Frozen, frozen=True, tag=True):
     """The coordinator lives. Any other message from it says the same."""
 
 
-class Stop(_Wire, frozen=True, tag=True):
+class Stop(Frozen, frozen=True, tag=True):
     """The run is over: restore what was found, say `Bye` and leave."""
 
     reason: str
 
 
-class Bye(_Wire, frozen=True, tag=True):
+class Bye(Frozen, frozen=True, tag=True):
     """Last word of a node, with its own account of how punctual it was."""
 
     reason: str
@@ -258,7 +259,7 @@ class TenantReadings(Columns):
     frozen: Flags
 
 
-class SlotReadings(_Wire, frozen=True):
+class SlotReadings(Frozen, frozen=True):
     """What the slots of an elastic node hold, one entry per GPU; empty on other nodes."""
 
     layout_sequence: int
@@ -270,7 +271,7 @@ class SlotReadings(_Wire, frozen=True):
     ready_s: list[float]
 
 
-class Report(_Wire, frozen=True, tag=True):
+class Report(Frozen, frozen=True, tag=True):
     """A node's state at ``Envelope.t_s``. Readings are packed; `report` makes one of columns."""
 
     gpus: bytes
@@ -322,7 +323,7 @@ def report(
     )
 
 
-class RowReport(_Wire, frozen=True, tag=True):
+class RowReport(Frozen, frozen=True, tag=True):
     """What many nodes reported of one moment: an entry per node, and their readings one after the
     other. ``sequence`` and ``incarnation`` are the nodes' own, so that what was lost on the way to
     a relay shows at the coordinator too.
@@ -412,7 +413,7 @@ def merge(words: Sequence[Envelope]) -> RowReport:
 # Relays: between a row of nodes and the coordinator.
 
 
-class Forwarded(_Wire, frozen=True, tag=True):
+class Forwarded(Frozen, frozen=True, tag=True):
     """A control message that a relay passes on as it came: up from a node, or down to one."""
 
     to: str
@@ -420,7 +421,7 @@ class Forwarded(_Wire, frozen=True, tag=True):
     message: bytes
 
 
-class RelayStatus(_Wire, frozen=True, tag=True):
+class RelayStatus(Frozen, frozen=True, tag=True):
     """A relay lives, and its counters so far."""
 
     nodes: int
@@ -436,7 +437,7 @@ class RelayStatus(_Wire, frozen=True, tag=True):
 # Serving.
 
 
-class Request(_Wire, frozen=True):
+class Request(Frozen, frozen=True):
     """What a client sends. Token counts are of the model's own tokenizer."""
 
     id: int
@@ -451,7 +452,7 @@ class Request(_Wire, frozen=True):
     slo_class: str = "default"
 
 
-class Submit(_Wire, frozen=True, tag=True):
+class Submit(Frozen, frozen=True, tag=True):
     """Serve this request on that instance of yours."""
 
     instance: int
@@ -461,7 +462,7 @@ class Submit(_Wire, frozen=True, tag=True):
     Orders queues by deadline."""
 
 
-class Progress(_Wire, frozen=True, tag=True):
+class Progress(Frozen, frozen=True, tag=True):
     """What became of requests, in columns: ``t_s`` is when it happened on the node."""
 
     request_id: list[int]
@@ -470,7 +471,7 @@ class Progress(_Wire, frozen=True, tag=True):
     preemptions: list[int]
 
 
-class Returned(_Wire, frozen=True, tag=True):
+class Returned(Frozen, frozen=True, tag=True):
     """Requests that an instance gave up before they ended, in columns.
 
     ``recalled`` was asked for; ``drained`` ran out of time; ``resharded`` lost its instance to
@@ -485,8 +486,8 @@ class Returned(_Wire, frozen=True, tag=True):
     why: list[ReturnedWhy]
 
 
-class Gaps(_Wire, frozen=True, tag=True):
-    """Inter-token gaps since the last word, as counts per instance and histogram bin."""
+class Gaps(Frozen, frozen=True, tag=True):
+    """Inter-token gaps of the last ``gaps_period_s``, as counts per instance and histogram bin."""
 
     instance: list[int]
     bin: list[int]
@@ -497,7 +498,7 @@ class Gaps(_Wire, frozen=True, tag=True):
 # Control.
 
 
-class Lease(_Wire, frozen=True, tag=True):
+class Lease(Frozen, frozen=True, tag=True):
     """All caps of a node, for a while. Without renewal it moves to its safe caps by itself."""
 
     epoch: int
@@ -508,14 +509,14 @@ class Lease(_Wire, frozen=True, tag=True):
     """Highest SM clock allowed per GPU; 0 leaves it unlocked."""
 
 
-class TenantLimits(_Wire, frozen=True, tag=True):
+class TenantLimits(Frozen, frozen=True, tag=True):
     """Memory limits for tenants of the node, by index; they hold until changed."""
 
     tenant: list[int]
     memory_limit_bytes: list[int]
 
 
-class Arrange(_Wire, frozen=True, tag=True):
+class Arrange(Frozen, frozen=True, tag=True):
     """Hold these instances and no others; see `testbed.core.view.SetLayout`.
 
     An instance whose ``serial`` the node holds already goes on.
@@ -526,7 +527,7 @@ class Arrange(_Wire, frozen=True, tag=True):
     how: StartHow
 
 
-class Tune(_Wire, frozen=True, tag=True):
+class Tune(Frozen, frozen=True, tag=True):
     """A quick change to instances of the node.
 
     ``batch`` sets the most sequences in a batch to ``value``; ``order`` orders the queue by
@@ -539,7 +540,7 @@ class Tune(_Wire, frozen=True, tag=True):
     value_count: list[float]
 
 
-class Ack(_Wire, frozen=True, tag=True):
+class Ack(Frozen, frozen=True, tag=True):
     """What the node did with a lease: refused (and why), or the limits as read back."""
 
     epoch: int
@@ -573,7 +574,7 @@ Body = (
 )
 
 
-class Envelope(_Wire, frozen=True):
+class Envelope(Frozen, frozen=True):
     """Who says it (and which life of them), the how manieth word it is, and when it was true."""
 
     source: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -49,14 +49,22 @@ class Status:
 
 @dataclass(slots=True)
 class Parts:
+    """What a run is put together from."""
+
     spec: RunSpec
-    folder: Path
-    records: Recorder
     controllers: list[Any]
     router: Any
     requests: Iterator[Any]
     profile: GpuProfile
     progress: Progress
+    records: Recorder = field(init=False)
+    checkpoint: bytes | None = None
+    """Go on from here."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is recorded."""
+        return self.records.folder
 
 
 class NodeSchedule:
@@ -107,11 +115,12 @@ class Desk:
         self._parts = parts
         self._loop = loop
         self._period_s = parts.spec.control.sample_period_s
-        self._ticks = 0
+        self.ticks = 0
+        self.on_tick: Callable[[float], object] = lambda now_s: None
+        """Called at each tick, after everything else."""
         self._started = time.monotonic()
         self._shown = self._flushed = 0.0
         self._reports: dict[tuple[float, float], list[Envelope]] = {}
-        self.arrivals_done = False
         self.coordinator: Coordinator
 
     def deliver(self, envelope: Envelope, due_s: float) -> None:
@@ -140,15 +149,15 @@ class Desk:
             del words[_TOGETHER_MAX:]
         self.coordinator.on_reports(merge(words), moment[1], now_s)
 
-    def begin(self) -> None:
-        """Start arrivals and ticks."""
-        self._next_arrival()
-        self._loop.call_at(0.0, CONTROL, self._tick)
+    def begin(self, *, arrivals: bool = True) -> None:
+        """Start ticks and, unless somebody else brings the requests, arrivals."""
+        if arrivals:
+            self._next_arrival()
+        self._loop.call_at(self.ticks * self._period_s, CONTROL, self._tick)
 
     def _next_arrival(self) -> None:
         request = next(self._parts.requests, None)
         if request is None:
-            self.arrivals_done = True
             return
         self._loop.call_at(request.arrival_s, DELIVERY, partial(self._arrive, request))
 
@@ -171,8 +180,9 @@ class Desk:
         if over or now_s >= spec.duration_s + spec.drain_s - 1e-9:
             self._loop.stop()
             return
-        self._ticks += 1
-        self._loop.call_at(self._ticks * self._period_s, CONTROL, self._tick)
+        self.ticks += 1
+        self._loop.call_at(self.ticks * self._period_s, CONTROL, self._tick)
+        self.on_tick(now_s)
 
     def status(self, now_s: float) -> Status:
         """For a progress display."""
