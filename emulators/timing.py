@@ -30,7 +30,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from emulators import kernels
+from emulators import corrections, kernels
 from emulators.kernels import Chip, Gemm, Moe
 from emulators.models import ModelCard
 from emulators.profiles import GpuProfile
@@ -82,7 +82,9 @@ class IterationCost:
         kvp: KV-parallel degree: each takes a part of every context. Shares the groups of ``sp``.
         precision: of the layers' matrices; the card's own if not given.
         cuda_graphs: off, an iteration cannot be shorter than launching its kernels one by one.
-        stack: what the serving engine adds; the profile's if not given.
+        stack: what the serving engine adds; the profile's if not given, and then with what
+            measured serving of the model shows beyond it (`emulators.corrections`).
+        correct: off, leave that correction out.
 
     Raises:
         ValueError: a degree does not fit the model or the others.
@@ -108,6 +110,7 @@ class IterationCost:
         precision: Precision | None = None,
         cuda_graphs: bool = True,
         stack: Stack | None = None,
+        correct: bool = True,
     ) -> None:
         for name, degree in {"tp": tp, "pp": pp, "ep": ep, "sp": sp, "kvp": kvp}.items():
             if degree < 1:
@@ -215,7 +218,20 @@ class IterationCost:
         self._knee = gpu.bandwidth_knee_frac
         self._tables: dict[int, tuple[list[float], list[float], list[float], list[float]]] = {}
         self._x = 0.0
+        self._added_s: Floats = np.zeros(len(_KNOTS))
+        self._added_flops: list[float] = []
+        self._added_flops_slope: list[float] = []
         self._select(1.0)
+        self.correction: corrections.Correction | None = None
+        if stack is None and correct:
+            self.correction = corrections.correction_for(gpu.name, model, self.num_gpus)
+        if self.correction is not None:
+            seconds, operations = corrections.tables(self, self.correction)
+            self._added_s = np.interp(_KNOTS, corrections.BATCHES, seconds)
+            added = np.interp(_KNOTS, corrections.BATCHES, operations)
+            self._added_flops, self._added_flops_slope = _lines(added)
+            self._tables = {}
+            self._select(1.0)
 
     # Scalars: what the engine asks.
 
@@ -294,13 +310,19 @@ class IterationCost:
         """
         tokens: int = num_seqs + prefill_tokens
         padding = self._pad_flops * self._awake(tokens) if self._pad_flops else 0.0
-        return (
+        total = (
             padding
             + self._flops_token * tokens
             + self._flops_head * (num_seqs + num_prefill_seqs)
             + self._seq_flops * num_seqs
             + self._flops_tile * encode_tiles
         )
+        if self._added_flops and num_seqs:
+            place = bisect_right(_KNOT_LIST, num_seqs) - 1
+            total += self._added_flops[place] + self._added_flops_slope[place] * num_seqs
+            if total < 0.0:
+                total = 0.0
+        return total
 
     def base_bytes(
         self, num_seqs: int, prefill_tokens: int, num_prefill_seqs: int, encode_tiles: int
@@ -390,7 +412,8 @@ class IterationCost:
         return total
 
     def _grids(self) -> tuple[Floats, Floats]:
-        return _grids(self._plan, self._knee, self._scale)
+        layers, head = _grids(self._plan, self._knee, self._scale)
+        return layers, head + self._added_s
 
     def _select(self, clock_frac: float) -> None:
         """Make the tables of a clock the present ones."""
@@ -399,7 +422,7 @@ class IterationCost:
         if tables is None:
             scale = self._scale
             linear, head = _tables(self._plan, self._knee, key / _CLOCKS)
-            tables = (*_lines(linear * scale), *_lines(head * scale))
+            tables = (*_lines(linear * scale), *_lines(head * scale + self._added_s))
             self._tables[key] = tables
         self._linear, self._linear_slope, self._head, self._head_slope = tables
         self._x = clock_frac

@@ -18,12 +18,13 @@ import msgspec
 import numpy as np
 from scipy.optimize import least_squares, minimize
 
+from emulators.corrections import BATCHES, Correction, precision_of, steady_state, steady_w
 from emulators.kernels import reduce_s
 from emulators.models import load_model
 from emulators.profiles import load_gpu
 from emulators.timing import IterationCost, Stack
-from testbed.analysis import serving_power, silicon
-from testbed.analysis.fitting import error_text, set_constant
+from testbed.analysis import pooling, serving_power, silicon
+from testbed.analysis.fitting import error_text, rounded, set_constant
 from testbed.analysis.measured import (
     FOLDS,
     Columns,
@@ -419,7 +420,7 @@ def fit_energy(data: Path, profiles: Path, date: str) -> dict[str, Any]:
         return out
     for label, gpu in (("H100", "h100-sxm"), ("B200", "b200-sxm")):
         mine = take(columns, columns["gpu_model"] == label)
-        configuration = keys(mine, serving_power.CONFIGURATION)
+        configuration = keys(mine, pooling.CONFIGURATION)
         measured = mine["avg_batch_size"] / mine["output_throughput_tokens_per_sec"]
         fits = GAP_LAW.fit_folds(mine, measured, configuration)
         predicted = GAP_LAW.predict_out(fits, mine, configuration)
@@ -461,35 +462,185 @@ def fit_energy(data: Path, profiles: Path, date: str) -> dict[str, Any]:
     return out
 
 
-def fit_pool(data: Path, folder: Path) -> None:
-    """Hyperparameters of `serving_power.Pool`, by marginal likelihood; writes pooled.json."""
+def _means(ratios: list[list[float]]) -> list[float]:
+    return [float(np.exp(np.mean(np.log(row)))) for row in ratios]
+
+
+def fit_pools(data: Path, folder: Path) -> None:
+    """Hyperparameters of `pooling.Pool` by marginal likelihood; writes pooled.json."""
     columns = energy_rows(data)
     if columns is None:
         return
-    width = len(serving_power.FEATURES) + 1
+    best = {}
+    for name, quantity in pooling.QUANTITIES.items():
+        best[name] = _fit_pool(columns, quantity, pooling.NUM_FEATURES[name])
+        pool = pooling.Pool(columns, best[name], quantity)
+        for level in ("point", "configuration", "pair"):
+            predicted = pool.predict(columns, level)
+            print(
+                "pooled",
+                name,
+                level,
+                "left out:",
+                error_text(predicted, quantity.measured(columns)),
+            )
+    (folder / "pooled.json").write_bytes(
+        msgspec.json.format(msgspec.json.encode(rounded(msgspec.to_builtins(best))), indent=1)
+        + b"\n"
+    )
 
-    def pooled(theta: Any) -> serving_power.Pooled:
-        values = np.exp(theta)
-        return serving_power.Pooled(
-            lengths=values[:width].tolist(), smooth=float(values[width]),
-            linear=float(values[width + 1]), model=float(values[width + 2]),
-            pair=float(values[width + 3]), configuration=float(values[width + 4]),
-            noise={"H100": float(values[width + 5]), "B200": float(values[width + 6])},
+
+def _fit_pool(columns: Columns, quantity: pooling.Quantity, width: int) -> pooling.Pooled:
+    variances = ("smooth", "linear", "model", "pair", "configuration", "course")
+
+    def pooled(theta: Any) -> pooling.Pooled:
+        values = np.exp(theta).tolist()
+        named = dict(zip(variances, values[width:], strict=False))
+        return pooling.Pooled(
+            lengths=values[:width], course_log2=values[width + 6],
+            noise={"H100": values[width + 7], "B200": values[width + 8]}, **named,
         )  # fmt: skip
 
-    pool = serving_power.Pool(columns, pooled(np.zeros(width + 7)))
+    start = np.concatenate(
+        [np.ones(width), np.log([0.3, 0.3, 0.2, 0.1, 0.05, 0.03, 1.5]), np.log([0.01, 0.03])]
+    )
+    pool = pooling.Pool(columns, pooled(start), quantity)
 
     def loss(theta: Any) -> float:
-        value = pool.likelihood(pooled(theta))
-        return -value + 0.1 * float(np.sum((theta[:width] - 1.0) ** 2))
+        # Weak priors: lengths of some standard deviations, variances near where they start.
+        prior = 0.1 * np.sum((theta[:width] - 1.0) ** 2)
+        prior += 0.02 * np.sum((theta[width:] - start[width:]) ** 2)
+        return float(prior) - pool.likelihood(pooled(theta))
 
-    start = np.concatenate(
-        [np.ones(width), np.log([0.3, 0.3, 0.2, 0.1, 0.05]), np.log([0.01, 0.03])]
+    return pooled(minimize(loss, start, method="L-BFGS-B", options={"maxiter": 15}).x)
+
+
+# What the emulator takes over: `emulators/corrections.toml`.
+
+_TASKS = ("lm-arena-chat", "sourcegraph-fim", "gpqa")
+"""Tasks that corrections are learnt from, the first that a model was measured with. Image tasks
+include waiting for images, which the engine models by itself."""
+HEIRS = {"h200-sxm": "h100-sxm"}
+"""GPUs that were not measured, and those that they are most like."""
+
+
+def fit_corrections(folder: Path, path: Path, date: str) -> None:
+    """Ratios of measured to computed gap and power over batch sizes, for each model and GPU."""
+    gaps, powers = (pooling.load_pool(folder, name) for name in ("gap", "power"))
+    columns = energy_rows(folder)
+    if columns is None:
+        return
+    card = np.array([card_for(one) for one in columns["model_id"]], dtype=object)
+    precision = np.array([_precision(columns, row) for row in range(size(columns))], dtype=object)
+    families = keys({**columns, "card": card, "precision": precision},
+                    ["gpu_model", "card", "precision", "num_gpus"])  # fmt: skip
+    out: list[Correction] = []
+    for family in sorted(set(families)):
+        rows = families == family
+        task = next((one for one in _TASKS if (columns["task"][rows] == one).any()), None)
+        if task is not None:
+            mine = take(columns, rows & (columns["task"] == task))
+            out.append(_correction(mine, gaps, powers, date))
+    out += _in_common(out, date)
+    lines = ["# Written by testbed.analysis.fitting_serving; see emulators/corrections.py.", ""]
+    lines += ["[heirs]", *(f"{name} = {json.dumps(like)}" for name, like in HEIRS.items())]
+    for one in out:
+        # JSON's strings, numbers and lists are TOML's.
+        entries = msgspec.to_builtins(one).items()
+        lines += ["", "[[correction]]"]
+        lines += [f"{name} = {json.dumps(value)}" for name, value in entries]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _precision(columns: Columns, row: int) -> str:
+    cost = serving_power.cost_of({name: values[row] for name, values in columns.items()})
+    return precision_of(cost.model)
+
+
+def _correction(mine: Columns, gaps: pooling.Pool, powers: pooling.Pool, date: str) -> Correction:
+    """Of rows of one model, GPU, precision and number of GPUs, on one task."""
+    first = {name: values[0] for name, values in mine.items()}
+    # Where the same card was measured under two names, their mean.
+    names = sorted(set(mine["model_id"]))
+    asked = pooling.asked_batch(mine)
+    batches = [size_of for size_of in BATCHES if asked.min() <= size_of <= asked.max()]
+    batches = batches or [BATCHES[int(np.argmin(np.abs(np.log(np.array(BATCHES) / asked.min()))))]]
+    output = float(np.median(mine["avg_output_len"]))
+    gap, power = [], []
+    for batch in batches:
+        ratios = [
+            _ratios({**first, "model_id": name}, batch, output, gaps, powers) for name in names
+        ]
+        gap.append(float(np.exp(np.mean([np.log(one[0]) for one in ratios]))))
+        power.append(float(np.exp(np.mean([np.log(one[1]) for one in ratios]))))
+    gap_off, power_off = (
+        np.abs(pool.predict(mine, "point") / measured(mine) - 1).mean()
+        for pool, measured in ((gaps, pooling.gap_s), (powers, pooling.power_w))
     )
-    best = minimize(loss, start, method="L-BFGS-B", options={"maxiter": 12})
-    (folder / "pooled.json").write_bytes(
-        msgspec.json.format(msgspec.json.encode(pooled(best.x)), indent=1) + b"\n"
+    return Correction(
+        gpu=serving_power.GPUS[first["gpu_model"]], model=card_for(first["model_id"]) or "",
+        precision=precision_of(serving_power.cost_of(first).model), num_gpus=int(first["num_gpus"]),
+        prompt_tokens=serving_power.PROMPT_TOKENS[first["task"]], output_tokens=round(output),
+        batch=batches, gap=rounded(gap), power=rounded(power),
+        source=f"ML.ENERGY v3 (ml-energy/leaderboard 0cd52da), {first['task']}, pooled",
+        date=date,
+        error=f"mean error at batch sizes left out: gap {gap_off:.1%}, power {power_off:.1%}",
+    )  # fmt: skip
+
+
+def _ratios(
+    row: dict[str, Any], batch: int, output: float, gaps: pooling.Pool, powers: pooling.Pool
+) -> tuple[float, float]:
+    """Gap and power at a batch size, pooled over computed."""
+    row = {**row, "avg_batch_size": float(batch), "max_num_seqs": float(batch),
+           "avg_output_len": output}  # fmt: skip
+    row.update(serving_power.work_of(row))
+    one = _one_row(row)
+    gap_s = gaps.predict(one, "none")[0]
+    row["output_throughput_tokens_per_sec"] = batch / gap_s
+    row.update(serving_power.work_of(row))
+    one = _one_row(row)
+    cost = serving_power.cost_of(row, load_gpu(serving_power.GPUS[row["gpu_model"]]))
+    prompt, tiles = serving_power.prompt_of(row)
+    _, flops, moved = steady_state(cost, batch, prompt, output, tiles)
+    watts = steady_w(cost, gap_s, flops, moved)
+    return (
+        float(gap_s / pooling.stack_gap_s(one)[0]),
+        float(powers.predict(one, "none")[0] / watts),
     )
+
+
+def _one_row(row: dict[str, Any]) -> Columns:
+    return {
+        name: np.array([value], dtype=object if isinstance(value, str) else float)
+        for name, value in row.items()
+    }
+
+
+def _in_common(found: list[Correction], date: str) -> list[Correction]:
+    """What models of a kind share on each GPU: geometric means over those measured."""
+    out = []
+    for gpu in sorted({one.gpu for one in found}):
+        for kind in ("dense", "experts"):
+            mine = [
+                one for one in found
+                if one.gpu == gpu and (load_model(one.model).experts > 1) == (kind == "experts")
+            ]  # fmt: skip
+            batches = [size_of for size_of in BATCHES if 8 <= size_of <= 512]
+            gap = _means([[one.at(one.gap, size_of) for one in mine] for size_of in batches])
+            power = _means([[one.at(one.power, size_of) for one in mine] for size_of in batches])
+            spread = np.std([np.log(one.at(one.power, 64)) for one in mine])
+            out.append(
+                Correction(
+                    gpu=gpu, model=kind, precision="any", num_gpus=1,
+                    prompt_tokens=round(np.median([one.prompt_tokens for one in mine])),
+                    output_tokens=round(np.median([one.output_tokens for one in mine])),
+                    batch=batches, gap=rounded(gap), power=rounded(power),
+                    source=f"geometric mean of {len(mine)} models and numbers of GPUs", date=date,
+                    error=f"standard deviation among them at batch 64: power {spread:.0%}",
+                )
+            )  # fmt: skip
+    return out
 
 
 def main() -> None:
@@ -505,10 +656,9 @@ def main() -> None:
     folds.update(fit_splitwise(arguments.data))
     folds.update(fit_energy(arguments.data, root / "emulators" / "profiles", arguments.date))
     folds.update(fit_silicon(arguments.data))
-    from testbed.analysis.fitting import rounded
-
     path.write_text(json.dumps(rounded(folds), indent=0, sort_keys=True) + "\n")
-    fit_pool(arguments.data, folder)
+    fit_pools(arguments.data, folder)
+    fit_corrections(folder, root / "emulators" / "corrections.toml", arguments.date)
 
 
 if __name__ == "__main__":
