@@ -26,7 +26,7 @@ from emulators.models import load_model
 from emulators.power import clock_for_limit
 from emulators.profiles import load_gpu
 from emulators.timing import IterationCost, Stack
-from testbed.analysis import serving_power, silicon
+from testbed.analysis import pooling, serving_power, silicon
 from testbed.analysis.fitting import KERNELS, VLLM_MODELS, Kernel, Sample, predict_out
 from testbed.analysis.fitting_serving import (
     GAP_LAW,
@@ -422,54 +422,70 @@ def _runs(data: Path) -> list[Comparison]:
 
 
 def _energy_v3(data: Path) -> list[Comparison]:
+    """Power and token gap of saturated serving, by what the emulator runs.
+
+    Each is predicted without the row's point (its batch size of its configuration), and again
+    without its configuration and without its model on this GPU. Power is predicted at the measured
+    token rate, and at the rate that the emulator itself comes to.
+    """
     columns = energy_rows(data)
     if columns is None:
         return []
-    power = columns["avg_power_watts"] / columns["num_gpus"]
-    pool = serving_power.load_pool(SHIPPED)
+    powers, gaps = (pooling.load_pool(SHIPPED, name) for name in ("power", "gap"))
     out = []
     for label, gpu in (("H100", "h100-sxm"), ("B200", "b200-sxm")):
         own = columns["gpu_model"] == label
         if not own.any():
             continue
-        mine, measured = take(columns, own), power[own]
-        configuration = keys(mine, serving_power.CONFIGURATION)
+        mine = take(columns, own)
+        watts, gap = pooling.power_w(mine), pooling.gap_s(mine)
+        configuration = keys(mine, [one for one in pooling.CONFIGURATION if one in mine])
         models = np.array([card_for(one) for one in mine["model_id"]], dtype=object)
-        law = formula(gpu)
-        own_w = law.predict_out(_folds()[f"ml_energy_v3/{gpu}/power"], mine, models)
-        left_out = {level: pool.predict(mine, level) for level in ("configuration", "pair", "row")}
-        naive = {
-            "emulator_formula": own_w,
-            "constant": _constant(Sample(mine, measured, configuration)),
+        law_w = formula(gpu).predict_out(_folds()[f"ml_energy_v3/{gpu}/power"], mine, models)
+        law_s = GAP_LAW.predict_out(_folds()[f"ml_energy_v3/{gpu}/gap"], mine, configuration)
+        naive_w = {
+            "formula_without_corrections": law_w,
+            "constant": _constant(Sample(mine, watts, configuration)),
             "roofline": _roofline_w(gpu, mine),
-            "interpolation_within_configuration": _interpolated(mine, measured, configuration),
+            "interpolation_within_configuration": _interpolated(mine, watts, configuration),
         }
-        out.append(
-            Comparison("ml_energy_v3", gpu, "all", "power_w", left_out["configuration"], measured,
-                       naive)
-        )  # fmt: skip
-        for level, quantity in (
-            ("row", "power_w_configuration_known_at_other_batches"),
-            ("pair", "power_w_model_new_on_this_gpu"),
-        ):
-            out.append(
-                Comparison("ml_energy_v3", gpu, "all", quantity, left_out[level], measured,
-                           {"emulator_formula": own_w})
-            )  # fmt: skip
-        dense = text_dense(mine)
-        if dense.any():
-            out.append(
-                Comparison("ml_energy_v3", gpu, "dense, text", "power_w_emulator", own_w[dense],
-                           measured[dense], {"pooled": left_out["configuration"][dense]})
-            )  # fmt: skip
-        gap = mine["avg_batch_size"] / mine["output_throughput_tokens_per_sec"]
-        predicted = GAP_LAW.predict_out(_folds()[f"ml_energy_v3/{gpu}/gap"], mine, configuration)
-        naive = {
+        naive_s = {
+            "kernels_and_host": law_s,
             "kernel_sum": mine["kernel_s"],
             "interpolation_within_configuration": _interpolated(mine, gap, configuration),
         }
-        out.append(Comparison("ml_energy_v3", gpu, "all", "token_gap_s", predicted, gap, naive))
+
+        def add(model: str, quantity: str, predicted: Any, measured: Any, naive: Any,
+                gpu: str = gpu) -> None:  # fmt: skip
+            out.append(Comparison("ml_energy_v3", gpu, model, quantity, predicted, measured, naive))
+
+        for level, suffix in _LEVELS.items():
+            gap_s = gaps.predict(mine, level)
+            at_own_rate = _at_rate(mine, mine["avg_batch_size"] / gap_s)
+            add("all", f"power_w{suffix}", powers.predict(mine, level), watts, naive_w)
+            add("all", f"power_w_at_own_rate{suffix}", powers.predict(at_own_rate, level), watts,
+                naive_w)  # fmt: skip
+            add("all", f"token_gap_s{suffix}", gap_s, gap, naive_s)
+        dense = text_dense(mine)
+        if dense.any():
+            pooled = powers.predict(mine, "pair")[dense]
+            add("dense, text", "power_w_formula_without_corrections", law_w[dense], watts[dense],
+                {"pooled": pooled})  # fmt: skip
     return out
+
+
+_LEVELS: dict[pooling.Level, str] = {
+    "point": "",
+    "configuration": "_configuration_not_seen",
+    "pair": "_model_not_seen_on_gpu",
+}
+"""What of the known rows a prediction leaves out -> how its quantity is called."""
+
+
+def _at_rate(columns: Columns, rate_tps: Any) -> Columns:
+    """The same rows, serving at another token rate."""
+    columns = {**columns, "output_throughput_tokens_per_sec": rate_tps}
+    return {**columns, **serving_power.work(columns)}
 
 
 def _roofline_w(gpu_name: str, columns: Columns) -> Any:
