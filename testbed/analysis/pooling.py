@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
+from emulators.models import load_model
 from emulators.profiles import load_gpu
 from testbed.analysis import serving_power
 from testbed.analysis.measured import Columns, card_for, keys, size
@@ -111,15 +112,19 @@ def _gap_features(columns: Columns) -> Any:
 
 
 def _kind(columns: Columns) -> list[Any]:
+    """How it is served, and the shape of the model: like shapes use like kernels."""
+    models = [load_model(card_for(name) or "") for name in columns["model_id"]]
+    shapes = [(one.hidden, one.active_params, one.ffn, one.experts) for one in models]
     own = [columns[name] for name in ("fp8", "images", "experts")]
-    return [np.log2(columns["num_gpus"]), *own, (columns["gpu_model"] == "H100").astype(float)]
+    hopper = (columns["gpu_model"] == "H100").astype(float)
+    return [np.log2(columns["num_gpus"]), *own, hopper, *np.log2(np.array(shapes, float)).T]
 
 
 QUANTITIES = {
     "power": Quantity(power_w, _ones, _power_features),
     "gap": Quantity(gap_s, stack_gap_s, _gap_features),
 }
-NUM_FEATURES = {"power": 11, "gap": 12}
+NUM_FEATURES = {"power": 15, "gap": 16}
 
 
 class Pool:
