@@ -92,14 +92,15 @@ def correction_for(gpu: str, model: ModelCard, num_gpus: int) -> Correction | No
     """The correction of a model on ``num_gpus`` GPUs; of as like a setup as was measured.
 
     That is the same model on another number of GPUs, or what dense models, or models of experts,
-    have in common on that GPU. None where nothing was measured on the GPU.
+    have in common on that GPU at that precision. None where neither was measured.
     """
     file = _file()
     gpu = file.heirs.get(gpu, gpu)
-    mine = [one for one in file.correction if one.gpu == gpu]
-    same = [one for one in mine if (one.model, one.precision) == (model.name, precision_of(model))]
+    width = precision_of(model)
+    mine = [one for one in file.correction if (one.gpu, one.precision) == (gpu, width)]
     kind = "experts" if model.experts > 1 else "dense"
-    found = same or [one for one in mine if one.model == kind]
+    found = [one for one in mine if one.model == model.name]
+    found = found or [one for one in mine if one.model == kind]
     return min(found, key=lambda one: abs(np.log2(one.num_gpus / num_gpus)), default=None)
 
 

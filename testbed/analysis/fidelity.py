@@ -26,20 +26,16 @@ from emulators.models import load_model
 from emulators.power import clock_for_limit
 from emulators.profiles import load_gpu
 from emulators.timing import IterationCost, Stack
-from testbed.analysis import pooling, serving_power, silicon
+from testbed.analysis import serving_power, silicon
 from testbed.analysis.fitting import KERNELS, VLLM_MODELS, Kernel, Sample, predict_out
 from testbed.analysis.fitting_serving import (
     GAP_LAW,
     POWER_LAW,
     PROMPT_LAW,
-    SATURATED,
     SPLITWISE_GPUS,
     SPLITWISE_POINT,
     TOKEN_LAW,
-    SiliconFit,
-    energy_rows,
     formula,
-    harness,
     splitwise,
     text_dense,
 )
@@ -317,52 +313,46 @@ def _splitwise(data: Path) -> list[Comparison]:
 
 
 def _silicon(data: Path) -> list[Comparison]:
-    columns = find(data / "llm_e2e_silicon", "silicon_sample")
-    if columns is None:
+    """Closed-loop benchmarks: the engine's queue, and what engines and harnesses do beside it."""
+    served = silicon.served_rows(data)
+    if served is None:
         return []
-    setups = silicon.setups(columns)
-    table: list[tuple[Any, ...]] = []
-    for row, setup in enumerate(setups):
-        if setup is None:
-            continue
-        folds = _folds().get(f"silicon/{harness(setup)}")
-        if folds is None:
-            continue
-        fold = int(fold_of([setup.configuration])[0])
-        fit = msgspec.convert(folds[fold + 1], SiliconFit)
-        served = silicon.serve(setup, fit.engine())
-        if served is None:
-            continue
-        ttft, tpot = fit.times_s(setup, served.steady_ttft_s, served.burst_ttft_s, served.tpot_s)
-        table.append(
-            (row, setup, float(ttft), float(tpot), served.kv_demand_frac, *_kernel_sum(setup))
-        )
-    out: list[Comparison] = []
-    groups = sorted({(one[1].gpu, one[1].backend) for one in table})
-    for gpu, backend in [*groups, ("all", "all")]:
-        own = [
-            one for one in table if gpu == "all" or (one[1].gpu, one[1].backend) == (gpu, backend)
-        ]
-        for saturated in (False, True):
-            rows = [one for one in own if (one[4] > SATURATED) == saturated]
-            if not rows or (saturated and gpu != "all"):
-                continue
-            index = np.array([one[0] for one in rows])
-            suffix = "_saturated" if saturated else ""
-            for at, kernel_at, quantity, column in (
-                (2, 5, "ttft_s", "silicon_ttft_ms"), (3, 6, "tpot_s", "silicon_tpot_ms"),
-            ):  # fmt: skip
-                measured = columns[column][index] / 1e3
-                predicted = np.array([one[at] for one in rows])
-                naive = {"kernel_table_without_queue": np.array([one[kernel_at] for one in rows])}
-                naive["another_run_of_the_same_setup"] = _repeats(
-                    [one[1] for one in rows], measured
-                )
-                out.append(
-                    Comparison("llm_e2e_silicon", gpu, backend, quantity + suffix, predicted,
-                               measured, naive)
-                )  # fmt: skip
+    pools, rows = silicon.pools(SHIPPED), served.rows()
+    table_s = np.array([_kernel_sum(setup) for setup in served.setups])
+    names = [f"{setup.gpu}|{setup.backend}" for setup in served.setups]
+    out = []
+    for name, column in (("ttft", 0), ("tpot", 1)):
+        measured, queue_s = served.measured[:, column], served.computed(name)
+        naive = {
+            "queue_alone": queue_s,
+            "kernel_table_without_queue": table_s[:, column],
+            "another_run_of_the_same_setup": _repeats(served.setups, measured),
+        }
+        for level, suffix in _SILICON_LEVELS.items():
+            predicted = queue_s * np.exp(pools[name].predict(rows, level))
+            for group in [*sorted(set(names)), "all|all"]:
+                if level != "point" and group != "all|all":
+                    continue
+                own = np.array([group in ("all|all", one) for one in names])
+                gpu, backend = group.split("|")
+                for which, ending in ((~served.saturated, ""), (served.saturated, "_saturated")):
+                    chosen = own & which
+                    if not chosen.any() or (ending and (gpu != "all" or suffix)):
+                        continue
+                    some = {key: values[chosen] for key, values in naive.items()}
+                    quantity = f"{name}_s{suffix}{ending}"
+                    out.append(
+                        Comparison("llm_e2e_silicon", gpu, backend, quantity, predicted[chosen],
+                                   measured[chosen], some)
+                    )  # fmt: skip
     return out
+
+
+_SILICON_LEVELS = {
+    "point": "",
+    "configuration": "_configuration_not_seen",
+    "family": "_model_not_seen_on_gpu_and_engine",
+}
 
 
 def _kernel_sum(setup: silicon.Setup) -> tuple[float, float]:
@@ -428,18 +418,19 @@ def _energy_v3(data: Path) -> list[Comparison]:
     without its configuration and without its model on this GPU. Power is predicted at the measured
     token rate, and at the rate that the emulator itself comes to.
     """
-    columns = energy_rows(data)
+    columns = serving_power.energy_rows(data)
     if columns is None:
         return []
-    powers, gaps = (pooling.load_pool(SHIPPED, name) for name in ("power", "gap"))
+    pools = serving_power.pools(SHIPPED)
+    power, gap = (serving_power.QUANTITIES[name] for name in ("power", "gap"))
     out = []
     for label, gpu in (("H100", "h100-sxm"), ("B200", "b200-sxm")):
         own = columns["gpu_model"] == label
         if not own.any():
             continue
         mine = take(columns, own)
-        watts, gap = pooling.power_w(mine), pooling.gap_s(mine)
-        configuration = keys(mine, [one for one in pooling.CONFIGURATION if one in mine])
+        watts, gap_s = power.measured(mine), gap.measured(mine)
+        configuration = keys(mine, [one for one in serving_power.CONFIGURATION if one in mine])
         models = np.array([card_for(one) for one in mine["model_id"]], dtype=object)
         law_w = formula(gpu).predict_out(_folds()[f"ml_energy_v3/{gpu}/power"], mine, models)
         law_s = GAP_LAW.predict_out(_folds()[f"ml_energy_v3/{gpu}/gap"], mine, configuration)
@@ -452,7 +443,7 @@ def _energy_v3(data: Path) -> list[Comparison]:
         naive_s = {
             "kernels_and_host": law_s,
             "kernel_sum": mine["kernel_s"],
-            "interpolation_within_configuration": _interpolated(mine, gap, configuration),
+            "interpolation_within_configuration": _interpolated(mine, gap_s, configuration),
         }
 
         def add(model: str, quantity: str, predicted: Any, measured: Any, naive: Any,
@@ -460,21 +451,21 @@ def _energy_v3(data: Path) -> list[Comparison]:
             out.append(Comparison("ml_energy_v3", gpu, model, quantity, predicted, measured, naive))
 
         for level, suffix in _LEVELS.items():
-            gap_s = gaps.predict(mine, level)
-            at_own_rate = _at_rate(mine, mine["avg_batch_size"] / gap_s)
-            add("all", f"power_w{suffix}", powers.predict(mine, level), watts, naive_w)
-            add("all", f"power_w_at_own_rate{suffix}", powers.predict(at_own_rate, level), watts,
-                naive_w)  # fmt: skip
-            add("all", f"token_gap_s{suffix}", gap_s, gap, naive_s)
+            ours_s = gap.predict(pools["gap"], mine, level)
+            ours = _at_rate(mine, mine["avg_batch_size"] / ours_s)
+            for quantity, rows in (("power_w", mine), ("power_w_at_own_rate", ours)):
+                predicted = power.predict(pools["power"], rows, level)
+                add("all", quantity + suffix, predicted, watts, naive_w)
+            add("all", f"token_gap_s{suffix}", ours_s, gap_s, naive_s)
         dense = text_dense(mine)
         if dense.any():
-            pooled = powers.predict(mine, "pair")[dense]
+            pooled = power.predict(pools["power"], mine, "pair")[dense]
             add("dense, text", "power_w_formula_without_corrections", law_w[dense], watts[dense],
                 {"pooled": pooled})  # fmt: skip
     return out
 
 
-_LEVELS: dict[pooling.Level, str] = {
+_LEVELS = {
     "point": "",
     "configuration": "_configuration_not_seen",
     "pair": "_model_not_seen_on_gpu",

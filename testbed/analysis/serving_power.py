@@ -7,6 +7,8 @@ models show beyond that is pooled by `testbed.analysis.pooling`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,7 +18,8 @@ from emulators.corrections import steady_state
 from emulators.models import load_model
 from emulators.profiles import GpuProfile, load_gpu
 from emulators.timing import IterationCost, Precision, Stack
-from testbed.analysis.measured import Columns, card_for, need, size
+from testbed.analysis.measured import Columns, card_for, find, keys, need, size, take
+from testbed.analysis.pooling import Pool, Pooled, Rows
 
 GPUS = {
     "H100": "h100-sxm",
@@ -173,3 +176,136 @@ def watts_of(gpu: GpuProfile) -> Watts:
     """The constants that a profile states."""
     per_op = gpu.tensor_w / gpu.peak_flops * 1e12
     return Watts(gpu.busy_w, gpu.hbm_w, gpu.decode_ops * per_op, gpu.sample_ops * per_op)
+
+
+# Pooling what work does not explain (`testbed.analysis.pooling`).
+
+CONFIGURATION = ("model_id", "gpu_model", "task", "num_gpus", "tensor_parallel",
+                 "expert_parallel", "data_parallel", "weight_precision")  # fmt: skip
+EFFECTS, COURSES = ["model", "pair", "configuration"], ["configuration"]
+
+
+class Quantity(NamedTuple):
+    """What is pooled."""
+
+    measured: Callable[[Columns], Any]
+    computed: Callable[[Columns], Any]
+    """What logs are taken relative to."""
+    features: Callable[[Columns], list[Any]]
+    """Beside those of `_kind`."""
+
+    def logs(self, columns: Columns) -> Any:
+        """Log of measured over computed."""
+        return np.log(self.measured(columns) / self.computed(columns))
+
+    def rows(self, columns: Columns) -> Rows:
+        """Rows as a `Pool` wants them."""
+        asked = np.log2(asked_batch(columns))
+        features = np.column_stack([*self.features(columns), *_kind(columns)])
+        return Rows(features, _labels(columns, asked), asked[:, None])
+
+    def predict(self, pool: Pool, columns: Columns, leave: str = "") -> Any:
+        """The quantity itself, in its unit."""
+        return self.computed(columns) * np.exp(pool.predict(self.rows(columns), leave))
+
+
+def power_w(columns: Columns) -> Any:
+    """Measured watts per GPU."""
+    return columns["avg_power_watts"] / columns["num_gpus"]
+
+
+def gap_s(columns: Columns) -> Any:
+    """Measured mean seconds from token to token."""
+    return columns["avg_batch_size"] / columns["output_throughput_tokens_per_sec"]
+
+
+def stack_gap_s(columns: Columns) -> Any:
+    """The same as computed: kernels and the host of the profile."""
+    hosts = [load_gpu(GPUS[name]) for name in columns["gpu_model"]]
+    iteration_s = np.array([gpu.host_iteration_s for gpu in hosts])
+    seq_s = np.array([gpu.host_seq_s for gpu in hosts])
+    return columns["kernel_s"] + iteration_s + seq_s * columns["avg_batch_size"]
+
+
+def _power_features(columns: Columns) -> list[Any]:
+    return [
+        np.log2(columns["iteration_s"] * 1e3), np.log2(columns["batch"]),
+        np.log10(columns["tensor_frac"] + 1e-3), columns["hbm_frac"], columns["kv_frac"],
+        columns["busy_frac"],
+    ]  # fmt: skip
+
+
+def _gap_features(columns: Columns) -> list[Any]:
+    task = columns["task"].astype(str)
+    tasks = [(task == name).astype(float) for name in ("gpqa", "video-chat", "sourcegraph-fim")]
+    reading = columns["kv_frac"] * columns["iteration_s"] / columns["kernel_s"]
+    batch = columns["avg_batch_size"]
+    return [
+        np.log2(columns["batch"]), np.log2(batch), np.log2(columns["kernel_s"] * 1e3), reading,
+        *tasks,
+    ]  # fmt: skip
+
+
+def _kind(columns: Columns) -> list[Any]:
+    """How it is served, and the shape of the model: like shapes use like kernels."""
+    models = [load_model(card_for(name) or "") for name in columns["model_id"]]
+    shapes = [(one.hidden, one.active_params, one.ffn, one.experts) for one in models]
+    own = [columns[name] for name in ("fp8", "images", "experts")]
+    hopper = (columns["gpu_model"] == "H100").astype(float)
+    return [np.log2(columns["num_gpus"]), *own, hopper, *np.log2(np.array(shapes, float)).T]
+
+
+def _labels(columns: Columns, asked: Any) -> dict[str, Any]:
+    """What each row belongs to: a point is a configuration at one batch size."""
+    gpu = columns["gpu_model"]
+    cards = np.array([card_for(model) or "" for model in columns["model_id"]], dtype=object)
+    configuration = keys(columns, [name for name in CONFIGURATION if name in columns])
+    return {
+        "gpu": gpu,
+        "model": cards,
+        "pair": _joined(cards, gpu),
+        "configuration": configuration,
+        "point": _joined(configuration, np.round(asked, 2)),
+    }
+
+
+def _joined(first: Any, second: Any) -> Any:
+    return np.array([f"{a}|{b}" for a, b in zip(first, second, strict=True)], dtype=object)
+
+
+def asked_batch(columns: Columns) -> Any:
+    """Sequences that the engine may run at once; those it ran where that is not stated."""
+    ran = np.maximum(np.round(columns["avg_batch_size"]), 1.0)
+    if "max_num_seqs" not in columns:
+        return ran
+    asked = columns["max_num_seqs"]
+    return np.where(np.isfinite(asked), asked, ran)
+
+
+QUANTITIES = {
+    "power": Quantity(power_w, lambda columns: np.ones(size(columns)), _power_features),
+    "gap": Quantity(gap_s, stack_gap_s, _gap_features),
+}
+
+
+def energy_rows(data: Path) -> Columns | None:
+    """Rows of `ml_energy_v3` that are known, with their `work`."""
+    columns = find(data / "ml_energy_v3", "llm_runs")
+    if columns is None:
+        return None
+    columns = take(columns, known(columns))
+    if not size(columns):
+        return None
+    rates = work(columns)
+    return {**columns, **{name: rates[name] for name in rates if name not in columns}}
+
+
+def pools(folder: Path) -> dict[str, Pool]:
+    """`Pool` per quantity, of the rows that we ship."""
+    columns = energy_rows(folder)
+    assert columns is not None, "shipped data are part of the package"
+    pooled = msgspec.json.decode((folder / "pooled.json").read_bytes(), type=dict[str, Pooled])
+    return {
+        name: Pool(one.rows(columns), one.logs(columns), pooled[name])
+        for name, one in QUANTITIES.items()
+    }

@@ -2,23 +2,27 @@
 
 A row states lengths, concurrency and parallelism of a benchmark in a closed loop. It is served in
 two parts: a steady state, entered with the first requests already part done, and the burst of all
-users at the start, which benchmarks count in their means. How much of it they count, and what
-client and front end add to a first token, belongs to the harness and is fitted with the stack.
+users at the start, which benchmarks count in their means. How much of it they count, what client
+and front end add to a first token, and which kernels the engine picked for the model, is not
+stated: `testbed.analysis.pooling` learns it from the rows that we ship.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from emulators.models import load_model
 from emulators.profiles import load_gpu
 from emulators.timing import IterationCost, Precision, Stack
 from testbed.analysis.closed_loop import build, serve_closed_loop, serve_trace
-from testbed.analysis.measured import Columns, card_for, need, read, size
+from testbed.analysis.measured import Columns, card_for, find, need, read, size
+from testbed.analysis.pooling import Pool, Pooled, Rows
 from testbed.core.errors import SpecError
 from testbed.core.messages import EngineConfig, Request
 
@@ -152,6 +156,115 @@ def serve(setup: Setup, stack: Stack) -> Prediction | None:
         float(np.mean([one.tpot_s for one in later])),
         wanted / (engine.kv_blocks * config.block_size_tokens),
     )
+
+
+# Pooling what a row does not state.
+
+SATURATED = 0.95
+"""Share of the KV blocks that all users want, from which queues for memory rule a row."""
+PLAIN = Stack(iteration_s=1e-3, seq_s=1e-5)
+"""A stack of the time, the same for every engine; what engines differ in is pooled."""
+EFFECTS = ["harness", "model", "weights", "family", "configuration"]
+COURSES = ["harness", "family", "configuration"]
+
+
+class ServedRows(NamedTuple):
+    """Rows that the engine has served."""
+
+    setups: list[Setup]
+    predictions: Any
+    """(row, entry of `Prediction`)."""
+    measured: Any
+    """(row, TTFT and TPOT), seconds."""
+
+    def take(self, which: Any) -> ServedRows:
+        """Some of them, by index."""
+        chosen = [self.setups[row] for row in which]
+        return ServedRows(chosen, self.predictions[which], self.measured[which])
+
+    @property
+    def saturated(self) -> Any:
+        """Where users want more KV blocks than there are."""
+        return self.predictions[:, 3] > SATURATED
+
+    def below_saturation(self) -> ServedRows:
+        """The rows that queues for memory do not rule."""
+        return self.take(np.flatnonzero(~self.saturated))
+
+    def computed(self, name: str) -> Any:
+        """``ttft`` of the steady state, or ``tpot``, seconds."""
+        return self.predictions[:, 0 if name == "ttft" else 2]
+
+    def logs(self, name: str) -> Any:
+        """Log of measured over computed."""
+        return np.log(self.measured[:, 0 if name == "ttft" else 1] / self.computed(name))
+
+    def rows(self) -> Rows:
+        """As a `Pool` wants them."""
+        setups = self.setups
+        models = [load_model(one.model) for one in setups]
+        course = np.log2(
+            [[one.concurrency, one.prompt_tokens, one.output_tokens] for one in setups]
+        )
+        shape = np.log2([[one.hidden, one.active_params, one.experts] for one in models])
+        own = [
+            [np.log2(one.num_gpus), one.expert_parallel, one.spread > 0,
+             *(one.precision == name for name in ("bf16", "fp8", "fp4", "int4")),
+             *(one.backend == name for name in ("vllm", "sglang", "trtllm")),
+             *(one.gpu == name for name in GPUS.values())]
+            for one in setups
+        ]  # fmt: skip
+        features = np.column_stack(
+            [course, np.log2(self.predictions[:, :3]), self.predictions[:, 3], shape,
+             np.array(own, float)]
+        )  # fmt: skip
+
+        def label(name: Callable[[Setup], str]) -> Any:
+            return np.array([name(one) for one in setups], dtype=object)
+
+        labels = {
+            "gpu": label(lambda one: one.gpu),
+            "harness": label(lambda one: f"{one.gpu}|{one.backend}|{one.spread > 0}"),
+            "model": label(lambda one: one.model),
+            "weights": label(lambda one: f"{one.model}|{one.precision}"),
+            "family": label(lambda one: f"{one.model}|{one.gpu}|{one.backend}"),
+            "configuration": label(lambda one: one.configuration),
+            "point": label(str),
+        }
+        return Rows(features, labels, course)
+
+
+def served_rows(data: Path) -> ServedRows | None:
+    """The rows of ``data/llm_e2e_silicon`` that are modelled, served; None without any."""
+    columns = find(data / "llm_e2e_silicon", "silicon_sample")
+    if columns is None:
+        return None
+    chosen, predictions, measured = [], [], []
+    memory: dict[Setup, Prediction | None] = {}  # dumps repeat each other
+    times = np.column_stack([columns["silicon_ttft_ms"], columns["silicon_tpot_ms"]]) / 1e3
+    for row, setup in enumerate(setups(columns)):
+        if setup is None or not (times[row] > 0).all():
+            continue
+        if setup not in memory:
+            memory[setup] = serve(setup, PLAIN)
+        served = memory[setup]
+        if served is not None:
+            chosen.append(setup)
+            predictions.append(served)
+            measured.append(times[row])
+    if not chosen:
+        return None
+    return ServedRows(chosen, np.array(predictions, float), np.array(measured))
+
+
+def pools(folder: Path) -> dict[str, Pool]:
+    """`Pool` of TTFT and TPOT, of the rows that we ship."""
+    served = served_rows(folder)
+    assert served is not None, "shipped data are part of the package"
+    served = served.below_saturation()
+    pooled = msgspec.json.decode((folder / "pooled.json").read_bytes(), type=dict[str, Pooled])
+    rows = served.rows()
+    return {name: Pool(rows, served.logs(name), pooled[name]) for name in ("ttft", "tpot")}
 
 
 # Recorded runs of vLLM, request by request.
