@@ -14,6 +14,7 @@ is looked up by row, and nothing is fitted here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -544,35 +545,37 @@ _MLPERF_GPUS = {"H200-SXM": "h200-sxm", "H100-PCIe": "h100-sxm", "A100-PCIe": "a
 _LANGUAGE = ("llama", "mixtral", "gptj", "bert", "stable-diffusion")
 _UNCAPPED = 1.13
 """Demand of saturated MLPerf runs at full clock over the limit, fitted with the voltages."""
+_RIDGE = 3.0
+"""Pairs that an effect of a benchmark, a scenario or the depth of the cap must outweigh."""
 
 
 def _mlperf(data: Path) -> list[Comparison]:
     """Throughput under a power cap, as a share of that without.
 
-    Work is taken as bound by the clock, with a demand at full clock of `_UNCAPPED` times the
-    limit. What the pairs cannot separate: capped runs also change batch sizes, host and memory
-    bound benchmarks are among them, and the wall power includes the host.
+    Work is taken as bound by the clock, with a demand at full clock of `_UNCAPPED` times the limit:
+    that is the emulator's part, and all there is to language models. Other benchmarks wait for
+    hosts and memory, servers for their slowest requests, and capped runs have other batch sizes.
+    Pairs cannot tell these from the cap, so they are effects of the benchmark, of the scenario and
+    of how deep the cap is, learnt from the pairs of other GPUs or benchmarks.
     """
     columns = find(data / "mlperf_power", "power_cap_vs_full_power")
     if columns is None:
         return []
-    need(columns, ["gpu", "benchmark", "rel_cap", "rel_throughput"], "mlperf_power")
-    out = []
-    predicted = np.zeros(size(columns))
-    for row in range(size(columns)):
-        name = next(
-            (gpu for part, gpu in _MLPERF_GPUS.items() if part in columns["gpu"][row]), "h100-sxm"
-        )
-        predicted[row] = capped_share(name, float(columns["rel_cap"][row]))
-    measured = columns["rel_throughput"]
+    need(columns, ["gpu", "benchmark", "scenario", "rel_cap", "rel_throughput"], "mlperf_power")
+    known = find(SHIPPED / "mlperf_power", "power_cap_vs_full_power")
+    assert known is not None, "shipped data are part of the package"
+    alone, measured = _capped_shares(columns), columns["rel_throughput"]
+    predicted = alone * np.exp(_cap_effects(columns, known))
     naive = {
+        "clock_bound_work": alone,
         "proportional_to_cap": columns["rel_cap"],
         "no_effect": np.ones(len(measured)),
-        "constant": np.full(len(measured), np.median(measured)),
+        "constant": np.full(len(measured), np.median(known["rel_throughput"])),
     }
     language = np.array(
         [any(part in one for part in _LANGUAGE) for one in columns["benchmark"]], bool
     )
+    out = []
     for label, own in (("all", np.ones(len(measured), bool)), ("language and diffusion", language)):
         if own.any():
             some = {name: values[own] for name, values in naive.items()}
@@ -580,6 +583,40 @@ def _mlperf(data: Path) -> list[Comparison]:
                 Comparison("mlperf_power", "all", label, "throughput_under_cap_points",
                            predicted[own], measured[own], some, differences=True)
             )  # fmt: skip
+    return out
+
+
+def _capped_shares(columns: Columns) -> Any:
+    shares = []
+    for label, cap in zip(columns["gpu"], columns["rel_cap"], strict=True):
+        gpu = next((gpu for part, gpu in _MLPERF_GPUS.items() if part in label), "h100-sxm")
+        shares.append(capped_share(gpu, float(cap)))
+    return np.array(shares)
+
+
+def _cap_effects(columns: Columns, known: Columns) -> Any:
+    """Logs of throughput over that of clock-bound work; ridge regression without a pair's kind.
+
+    A kind is a benchmark on a GPU, in whatever scenario.
+    """
+    # Versions and accuracy targets of a benchmark are the same work.
+    benchmark, theirs = (
+        np.array([re.sub(r"(-v2)?(-99.*)?$", "", one) for one in each["benchmark"]], dtype=object)
+        for each in (columns, known)
+    )
+    names = [*sorted(set(theirs)), *sorted(set(known["scenario"]))]
+
+    def design(each: Columns, kinds: Any) -> Any:
+        held = [(kinds == name) | (each["scenario"] == name) for name in names]
+        return np.column_stack([*held, 3.0 * np.log(each["rel_cap"] / 0.63)]).astype(float)
+
+    x, own = design(known, theirs), design(columns, benchmark)
+    y = np.log(known["rel_throughput"] / _capped_shares(known))
+    out = np.zeros(len(benchmark))
+    for row in range(len(out)):
+        rest = (theirs != benchmark[row]) | (known["gpu"] != columns["gpu"][row])
+        normal = x[rest].T @ x[rest] + _RIDGE * np.eye(x.shape[1])
+        out[row] = own[row] @ np.linalg.solve(normal, x[rest].T @ y[rest])
     return out
 
 
@@ -605,34 +642,34 @@ def capped_share(gpu_name: str, rel_cap: float) -> float:
 # Heat.
 
 _BIOHPC_GPUS = {"A100": (300.0, "a100-80gb"), "H100": (350.0, "h100-sxm")}
+_EXPONENTS = np.linspace(0.4, 2.0, 17)
 
 
 def _biohpc(data: Path) -> list[Comparison]:
     """Hourly temperature from hourly power, one month left out at a time.
 
-    The thermal exponent is the profile's; offset and resistance belong to the server's cooling and
-    are fitted per kind of server.
+    The thermal exponent is the profile's; where we have no profile of the card it is fitted.
+    Resistance and each server's offset belong to its cooling. They are fitted on the rows we ship.
     """
     columns = find(data / "biohpc_gpu_servers", "gpu_hourly")
     if columns is None:
         return []
-    need(columns, ["gpus", "timestamp", "power_avg_w", "temp_avg_c"], "biohpc gpu_hourly")
+    need(columns, _BIOHPC, "biohpc gpu_hourly")
+    shipped = find(SHIPPED / "biohpc_gpu_servers", "gpu_hourly")
+    assert shipped is not None, "shipped data are part of the package"
     out = []
     for part in ("A40", "A100", "H100", "A6000"):
-        own = np.array([part in one for one in columns["gpus"]])
-        if own.sum() < 30:
+        mine, known = _of_card(columns, part), _of_card(shipped, part)
+        if not size(mine):
             continue
-        mine = take(columns, own)
         limit_w, gpu_name = _BIOHPC_GPUS.get(part, (300.0, ""))
-        exponent = load_gpu(gpu_name).thermal_exponent if gpu_name else 1.0
-        share = np.maximum(mine["power_avg_w"], 1.0) / limit_w
+        exponents = [load_gpu(gpu_name).thermal_exponent] if gpu_name else _EXPONENTS
         measured = mine["temp_avg_c"]
-        month = np.array([str(one)[:7] for one in mine["timestamp"]], dtype=object)
-        predicted = _straight(share**exponent, measured, month)
         naive = {
-            "straight_line": _straight(share, measured, month),
-            "constant": np.full(len(measured), np.median(measured)),
+            "straight_line": _settled(mine, known, limit_w, [1.0]),
+            "constant": np.full(len(measured), np.median(known["temp_avg_c"])),
         }
+        predicted = _settled(mine, known, limit_w, exponents)
         out.append(
             Comparison("biohpc_gpu_servers", gpu_name or part.lower(), part, "temperature_c",
                        predicted, measured, naive, differences=True)
@@ -640,16 +677,43 @@ def _biohpc(data: Path) -> list[Comparison]:
     return out
 
 
-def _straight(x: Any, y: Any, groups: Any) -> Any:
-    """A straight line, least squares, fitted without the row's group."""
-    out = np.full(len(x), np.nan)
-    for group in np.unique(groups):
-        own = groups == group
-        rest = ~own
-        if rest.sum() < 10:
-            rest = np.ones(len(x), bool)
-        slope, offset = np.polyfit(x[rest], y[rest], 1)
-        out[own] = slope * x[own] + offset
+_BIOHPC = ["server", "gpus", "timestamp", "power_avg_w", "temp_avg_c"]
+
+
+def _of_card(columns: Columns, part: str) -> Columns:
+    """Usable hours of servers with such a card."""
+    own = np.array([part in one for one in columns["gpus"]], bool)
+    own &= np.isfinite(columns["power_avg_w"]) & np.isfinite(columns["temp_avg_c"])
+    return take(columns, own)
+
+
+def _settled(mine: Columns, known: Columns, limit_w: float, exponents: Any) -> Any:
+    """Temperatures by offset + rise (P / limit) ** exponent, fitted without a row's month."""
+    servers = sorted(set(known["server"]))
+
+    def design(each: Columns, exponent: float) -> Any:
+        share = (np.maximum(each["power_avg_w"], 1.0) / limit_w) ** exponent
+        # A server that we do not know has the mean offset.
+        held = np.array([each["server"] == name for name in servers], float).T
+        held[held.sum(axis=1) == 0] = 1.0 / len(servers)
+        return np.column_stack([share, held])
+
+    def fit(rows: Columns, exponent: float) -> tuple[float, Any]:
+        x, y = design(rows, exponent), rows["temp_avg_c"]
+        best = np.linalg.lstsq(x, y, rcond=None)[0]
+        return float(np.abs(x @ best - y).mean()), best
+
+    months, theirs = (
+        np.array([str(one)[:7] for one in each["timestamp"]], dtype=object)
+        for each in (mine, known)
+    )
+    out = np.zeros(len(months))
+    for month in np.unique(months):
+        rest = take(known, theirs != month)
+        fits = [(*fit(rest, exponent), exponent) for exponent in exponents]
+        _, best, exponent = min(fits, key=lambda one: one[0])
+        own = months == month
+        out[own] = design(take(mine, own), exponent) @ best
     return out
 
 

@@ -315,7 +315,7 @@ def fit_pools(data: Path, folder: Path) -> None:
         served = served.below_saturation()
         for name in ("ttft", "tpot"):
             rows, logs = served.rows(), served.logs(name)
-            best[name] = pooling.fit(rows, logs, silicon.EFFECTS, silicon.COURSES)
+            best[name] = pooling.fit(rows, logs, silicon.EFFECTS, silicon.COURSES, most=450)
             _report(name, rows, logs, best[name], ("point", "configuration", "family"))
     tree = rounded(msgspec.to_builtins(best))
     (folder / "pooled.json").write_bytes(

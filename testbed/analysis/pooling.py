@@ -22,8 +22,6 @@ from scipy.optimize import minimize
 
 _NOISE = 0.02
 """Variance share of GPUs that hyperparameters do not know."""
-_FIT_ROWS = 700
-"""Rows that hyperparameters are fitted on at most."""
 
 
 class Rows(NamedTuple):
@@ -138,17 +136,21 @@ def _bell(a: Any, b: Any, lengths: Any) -> Any:
     return np.exp(-0.5 * np.maximum(squares, 0.0))
 
 
-def fit(rows: Rows, logs: Any, effects: list[str], courses: list[str], steps: int = 12) -> Pooled:
+def fit(
+    rows: Rows, logs: Any, effects: list[str], courses: list[str], *, most: int = 1000,
+    steps: int = 12,
+) -> Pooled:  # fmt: skip
     """Hyperparameters of greatest marginal likelihood, with weak priors.
 
     Args:
-        rows, logs: known; at most 700 of them, at random.
+        rows, logs: known.
         effects, courses: levels that have them.
+        most: rows to use, chosen at random; the work grows with their cube.
         steps: of the search.
     """
     count = len(logs)
-    if count > _FIT_ROWS:
-        chosen = np.random.default_rng(0).choice(count, _FIT_ROWS, replace=False)
+    if count > most:
+        chosen = np.random.default_rng(0).choice(count, most, replace=False)
         rows, logs = rows.take(chosen), logs[chosen]
     gpus = sorted(set(rows.labels["gpu"]))
     width, bends = rows.features.shape[1], rows.course.shape[1]

@@ -164,8 +164,7 @@ SATURATED = 0.95
 """Share of the KV blocks that all users want, from which queues for memory rule a row."""
 PLAIN = Stack(iteration_s=1e-3, seq_s=1e-5)
 """A stack of the time, the same for every engine; what engines differ in is pooled."""
-EFFECTS = ["harness", "model", "weights", "family", "configuration"]
-COURSES = ["harness", "family", "configuration"]
+EFFECTS = COURSES = ["harness", "weights", "family", "configuration"]
 
 
 class ServedRows(NamedTuple):
@@ -225,7 +224,6 @@ class ServedRows(NamedTuple):
         labels = {
             "gpu": label(lambda one: one.gpu),
             "harness": label(lambda one: f"{one.gpu}|{one.backend}|{one.spread > 0}"),
-            "model": label(lambda one: one.model),
             "weights": label(lambda one: f"{one.model}|{one.precision}"),
             "family": label(lambda one: f"{one.model}|{one.gpu}|{one.backend}"),
             "configuration": label(lambda one: one.configuration),
