@@ -20,7 +20,7 @@ from scipy.optimize import least_squares
 
 from emulators.corrections import BATCHES, Correction, precision_of, steady_state, steady_w
 from emulators.kernels import reduce_s
-from emulators.models import load_model
+from emulators.models import available_models, load_model
 from emulators.profiles import load_gpu
 from emulators.timing import IterationCost, Stack
 from testbed.analysis import pooling, serving_power, silicon
@@ -337,6 +337,8 @@ def _report(
 _TASKS = ("lm-arena-chat", "sourcegraph-fim", "gpqa")
 """Tasks that corrections are learnt from, the first that a model was measured with. Image tasks
 include waiting for images, which the engine models by itself."""
+_LEAST_PARAMS = 2e9
+"""Models far below those measured are left as computed."""
 HEIRS = {"h200-sxm": "h100-sxm"}
 """GPUs that were not measured, and those that they are most like."""
 
@@ -358,7 +360,16 @@ def fit_corrections(folder: Path, path: Path, date: str) -> None:
         if task is not None:
             mine = take(columns, rows & (columns["task"] == task))
             out.append(_correction(mine, pools, date))
-    out += _in_common(out, date)
+    found = list(out)
+    for name in available_models():
+        if load_model(name).params < _LEAST_PARAMS:
+            continue
+        for label in ("H100", "B200"):
+            alike = _alike(name, label, pools, date)
+            mine_too = [one for one in found if (one.model, one.gpu) == (name, alike.gpu)]
+            if not any(one.precision == alike.precision for one in mine_too):
+                out.append(alike)
+    out += _in_common(found, date)
     lines = ["# Written by testbed.analysis.fitting_serving; see emulators/corrections.py.", ""]
     lines += ["[heirs]", *(f"{name} = {json.dumps(like)}" for name, like in HEIRS.items())]
     for one in out:
@@ -403,15 +414,41 @@ def _correction(mine: Columns, pools: dict[str, pooling.Pool], date: str) -> Cor
     )  # fmt: skip
 
 
+def _alike(name: str, label: str, pools: dict[str, pooling.Pool], date: str) -> Correction:
+    """Of a model that was not measured with text on a GPU: by its shape, from all others."""
+    model, gpu = load_model(name), load_gpu(serving_power.GPUS[label])
+    num_gpus = next(
+        (count for count in (1, 2, 4) if model.weight_bytes < 0.7 * count * gpu.memory_bytes), 8
+    )
+    width = precision_of(model)
+    row = {
+        "model_id": name, "gpu_model": label, "task": _TASKS[0], "num_gpus": float(num_gpus),
+        "tensor_parallel": float(num_gpus) if model.experts == 1 else 1.0,
+        "expert_parallel": float(num_gpus) if model.experts > 1 else 1.0, "data_parallel": 1.0,
+        "weight_precision": {"bf16": "bfloat16", "fp8": "fp8", "4-bit": "mxfp4"}[width],
+    }  # fmt: skip
+    batches, output = [8, 16, 32, 64, 128, 256], 500.0
+    ratios = [_ratios(row, batch, output, pools, leave="pair") for batch in batches]
+    return Correction(
+        gpu=gpu.name, model=name, precision=width, num_gpus=num_gpus,
+        prompt_tokens=serving_power.PROMPT_TOKENS[_TASKS[0]], output_tokens=round(output),
+        batch=batches, gap=rounded([one[0] for one in ratios]),
+        power=rounded([one[1] for one in ratios]),
+        source="not measured here with text: from models of like shape in ML.ENERGY v3, pooled",
+        date=date, error="of models left out whole: see docs/fidelity.md",
+    )  # fmt: skip
+
+
 def _ratios(
-    row: dict[str, Any], batch: int, output: float, pools: dict[str, pooling.Pool]
+    row: dict[str, Any], batch: int, output: float, pools: dict[str, pooling.Pool], leave: str = ""
 ) -> tuple[float, float]:
     """Gap and power at a batch size, pooled over computed."""
     row = {**row, "avg_batch_size": float(batch), "max_num_seqs": float(batch),
-           "avg_output_len": output}  # fmt: skip
+           "avg_output_len": output,
+           "output_throughput_tokens_per_sec": 1.0}  # fmt: skip
     row.update(serving_power.work_of(row))
     one = _one_row(row)
-    gap_s = serving_power.QUANTITIES["gap"].predict(pools["gap"], one)[0]
+    gap_s = serving_power.QUANTITIES["gap"].predict(pools["gap"], one, leave)[0]
     row["output_throughput_tokens_per_sec"] = batch / gap_s
     row.update(serving_power.work_of(row))
     one = _one_row(row)
@@ -422,7 +459,7 @@ def _ratios(
     )  # fmt: skip
     computed_s, flops, moved = steady_state(cost, batch, serving_power.prompt_of(row)[0], output)
     watts = steady_w(cost, gap_s, flops, moved)
-    wanted_w = serving_power.QUANTITIES["power"].predict(pools["power"], one)[0]
+    wanted_w = serving_power.QUANTITIES["power"].predict(pools["power"], one, leave)[0]
     return float(gap_s / computed_s), float(wanted_w / watts)
 
 
