@@ -756,7 +756,9 @@ def compare(data: Path | None = None, sets: Iterable[str] = ()) -> list[Comparis
         if (data / name).is_dir():
             out += SETS[name](data)
     if not out:
-        raise SpecError(f"fidelity data {data}: none of {', '.join(wanted)} is there")
+        raise SpecError(
+            f"fidelity data {data}: no row of {', '.join(wanted)} that can be compared is there"
+        )
     return out
 
 

@@ -49,12 +49,14 @@ def _column(values: pa.ChunkedArray) -> Any:
 
 
 def find(data: Path, *names: str) -> Columns | None:
-    """The first of these files under ``data`` that exists, with any of the known endings."""
+    """The first of these files under ``data`` that has rows, with any of the known endings."""
     for name in names:
         for ending in (".parquet", ".csv.gz", ".csv"):
             path = data / f"{name}{ending}"
             if path.is_file():
-                return read(path)
+                columns = read(path)
+                if size(columns):
+                    return columns
     return None
 
 

@@ -47,7 +47,7 @@ _NEEDED = ["model_id", "gpu_model", "num_gpus", "avg_batch_size", "avg_output_le
 
 def known(columns: Columns) -> Any:
     """Which rows have a model card, a GPU profile and what they need measured."""
-    need(columns, _NEEDED, "ml_energy_v3/llm_runs")
+    need(columns, [*_NEEDED, "task"], "ml_energy_v3/llm_runs")
     usable = np.array([card_for(str(model)) is not None for model in columns["model_id"]], bool)
     usable &= np.array([gpu in GPUS for gpu in columns["gpu_model"]], bool)
     for name in _NEEDED[2:]:

@@ -10,6 +10,8 @@ stated: `testbed.analysis.pooling` learns it from the rows that we ship.
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +19,16 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from emulators.models import load_model
-from emulators.profiles import load_gpu
+from emulators.models import available_models, load_model
+from emulators.profiles import GpuProfile, load_gpu
 from emulators.timing import IterationCost, Precision, Stack
 from testbed.analysis.closed_loop import build, serve_closed_loop, serve_trace
 from testbed.analysis.measured import Columns, card_for, find, need, read, size
 from testbed.analysis.pooling import Pool, Pooled, Rows
-from testbed.core.errors import SpecError
 from testbed.core.messages import EngineConfig, Request
 
 GPUS = {"h100_sxm": "h100-sxm", "h200_sxm": "h200-sxm", "b200_sxm": "b200-sxm"}
+_log = logging.getLogger(__name__)
 _ROUNDS = 3
 _MAX_BATCHED_TOKENS = 8192
 _NEEDED = ["model_path", "system", "backend", "precision", "mode", "isl", "osl", "tp_size",
@@ -81,9 +83,12 @@ def setups(columns: Columns) -> list[Setup | None]:
 
 
 def _setup(row: dict[str, Any]) -> Setup | None:
-    card = card_for(row["model_path"])
+    card = card_for(str(row["model_path"]))
     gpu = GPUS.get(row["system"])
     if card is None or gpu is None or row["mode"] != "agg":
+        return None
+    prompt, output = _number(row["isl"], 0.0), _number(row["osl"], 0.0)
+    if prompt < 1 or output < 2:
         return None
     if _number(row.get("attention_dp_size"), 1) > 1 or _number(row.get("pp_size"), 1) > 1:
         return None
@@ -101,8 +106,8 @@ def _setup(row: dict[str, Any]) -> Setup | None:
         precision = stated if stated in ("bf16", "fp8", "fp4", "int4") else "bf16"
     fixed = "gap-analysis" in str(row.get("source", "gap-analysis"))
     return Setup(
-        card, gpu, str(row["backend"]), precision, num_gpus, moe_ep > 1, int(row["isl"]),
-        int(row["osl"]), int(concurrency), 0.0 if fixed else 0.2,
+        card, gpu, str(row["backend"]), precision, num_gpus, moe_ep > 1, int(prompt),
+        int(output), int(concurrency), 0.0 if fixed else 0.2,
     )  # fmt: skip
 
 
@@ -295,13 +300,17 @@ class Run(NamedTuple):
 def runs(data: Path) -> list[Run]:
     """Serve every recorded run under ``data/vllm_runs``.
 
+    Runs on GPUs or of models that we have no profile or card of are left out, with a line in the
+    log.
+
     Raises:
-        SpecError: a run's files contradict each other or name an unknown GPU or model.
+        SpecError: a run lacks a column.
     """
-    return [_run(path) for path in sorted((data / "vllm_runs").glob("*_requests.csv*"))]
+    found = [_run(path) for path in sorted((data / "vllm_runs").glob("*_requests.csv*"))]
+    return [run for run in found if run is not None]
 
 
-def _run(path: Path) -> Run:
+def _run(path: Path) -> Run | None:
     name = path.name.split("_requests")[0]
     meta_path = path.parent / f"{name}_meta.json"
     meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
@@ -309,25 +318,35 @@ def _run(path: Path) -> Run:
     label = f"{name} {json.dumps(meta)}".lower().replace(" ", "").replace("-", "")
     gpu = next((gpu for part, gpu in _CARDS.items() if part in name.lower()), None)
     gpu = gpu or next((gpu for part, gpu in _CARDS.items() if part in label), None)
-    model = card_for(str(meta.get("model", name)))
+    stated = meta.get("model") or arguments.get("model")
+    model = card_for(str(stated)) if stated else _named(name)
     if gpu is None or model is None:
-        raise SpecError(f"{path.name}: no profile or model card for this run")
-    tp = int(arguments.get("tensor_parallel_size", 1) or 1)
-    blocks = _find_number(
-        meta, "num_gpu_blocks", "kv_blocks", "gpu_blocks", "num_gpu_blocks_override"
-    )
+        _log.warning("%s left out: no GPU profile or model card for this run", path.name)
+        return None
+    tp = _find_number(arguments, "tensor_parallel_size") or _find_number(meta, "tp", "tp_size")
+    if tp is None:
+        stated_tp = re.search(r"(?:^|_)tp(\d+)", name.lower())
+        tp = float(stated_tp[1]) if stated_tp else 1.0
+    profile = load_gpu(gpu)
+    block_tokens = int(_find_number(meta, "block_size") or 16)
     config = EngineConfig(
-        max_num_seqs=int(arguments.get("max_num_seqs") or 256),
-        max_batched_tokens=int(arguments.get("max_num_batched_tokens") or 8192),
-        block_size_tokens=int(_find_number(meta, "block_size") or 16),
-        gpu_memory_frac=float(arguments.get("gpu_memory_utilization") or 0.9),
-        kv_blocks=int(blocks or 0),
+        max_num_seqs=int(_find_number(arguments, "max_num_seqs") or 256),
+        max_batched_tokens=int(
+            _find_number(arguments, "max_num_batched_tokens") or _batched_tokens(profile)
+        ),
+        block_size_tokens=block_tokens,
+        gpu_memory_frac=float(_find_number(meta, "gpu_memory_utilization") or 0.9),
+        kv_blocks=_recorded_blocks(meta, block_tokens),
     )
     columns = read(path)
     need(columns, ["input_tokens", "output_tokens", "arrival_s", "first_token_s", "last_token_s"],
          path.name)  # fmt: skip
-    cost = IterationCost(load_model(model), load_gpu(gpu), tp=tp, stack=VLLM_STACK)
-    engine = build(cost, config)
+    cost = IterationCost(load_model(model), profile, tp=int(tp), stack=VLLM_STACK)
+    try:
+        engine = build(cost, config)
+    except ValueError as error:
+        _log.warning("%s left out: %s", path.name, error)
+        return None
     requests = [
         Request(row, float(columns["arrival_s"][row]), int(columns["input_tokens"][row]),
                 int(columns["output_tokens"][row]))
@@ -339,18 +358,46 @@ def _run(path: Path) -> Run:
     measured_tpot = (columns["last_token_s"] - columns["first_token_s"]) / steps
     measured_ttft = columns["first_token_s"] - columns["arrival_s"]
     return Run(
-        name, gpu, model, tp, measured_ttft[done], measured_tpot[done],
+        name, gpu, model, int(tp), measured_ttft[done], measured_tpot[done],
         np.array([served[row].ttft_s for row in done]),
         np.array([served[row].tpot_s for row in done]),
     )  # fmt: skip
+
+
+def _named(name: str) -> str | None:
+    """The model card in the name of a file, where points are left out and dashes are not."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    cards = [one for one in available_models() if re.sub(r"[^a-z0-9]", "", one) in plain]
+    return max(cards, key=len, default=None)
+
+
+def _batched_tokens(gpu: GpuProfile) -> int:
+    """vLLM's default for its server: more on GPUs of at least 70 GiB."""
+    return 8192 if gpu.memory_bytes >= 70 * 2**30 else 2048
+
+
+def _recorded_blocks(meta: dict[str, Any], block_tokens: int) -> int:
+    """KV blocks as the engine logged them, in blocks or in tokens; 0 where it did not."""
+    blocks = _find_number(
+        meta, "num_gpu_blocks", "kv_blocks", "gpu_blocks", "num_gpu_blocks_override",
+        "kv_cache_blocks", "num_kv_blocks", "num_blocks",
+    )  # fmt: skip
+    if blocks:
+        return int(blocks)
+    tokens = _find_number(
+        meta, "kv_cache_tokens", "kv_cache_size_tokens", "gpu_kv_cache_tokens", "kv_tokens",
+        "kv_cache_size",
+    )  # fmt: skip
+    return int((tokens or 0) // block_tokens)
 
 
 def _find_number(tree: Any, *names: str) -> float | None:
     """The first number under one of these keys, anywhere in nested tables."""
     if isinstance(tree, dict):
         for name in names:
-            if isinstance(tree.get(name), int | float):
-                return float(tree[name])
+            value = tree.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
         for value in tree.values():
             found = _find_number(value, *names)
             if found is not None:
