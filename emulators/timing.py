@@ -218,7 +218,8 @@ class IterationCost:
         self._knee = gpu.bandwidth_knee_frac
         self._tables: dict[int, tuple[list[float], list[float], list[float], list[float]]] = {}
         self._x = 0.0
-        self._added_s: Floats = np.zeros(len(_KNOTS))
+        self._host_s: Floats = self.stack.seq_s * _KNOTS
+        self._host, self._host_slope = _lines(self._host_s)
         self._added_flops: list[float] = []
         self._added_flops_slope: list[float] = []
         self._select(1.0)
@@ -227,11 +228,10 @@ class IterationCost:
             self.correction = corrections.correction_for(gpu.name, model, self.num_gpus)
         if self.correction is not None:
             seconds, operations = corrections.tables(self, self.correction)
-            self._added_s = np.interp(_KNOTS, corrections.BATCHES, seconds)
+            self._host_s = self._host_s + np.interp(_KNOTS, corrections.BATCHES, seconds)
+            self._host, self._host_slope = _lines(self._host_s)
             added = np.interp(_KNOTS, corrections.BATCHES, operations)
             self._added_flops, self._added_flops_slope = _lines(added)
-            self._tables = {}
-            self._select(1.0)
 
     # Scalars: what the engine asks.
 
@@ -257,6 +257,7 @@ class IterationCost:
             heads = num_seqs + num_prefill_seqs
             place = bisect_right(_KNOT_LIST, heads or 1) - 1
             linear_s += self._head[place] + self._head_slope[place] * heads
+            total_s += self._host[place] + self._host_slope[place] * heads
             if prefill_tokens:
                 # Half a tile of each prompt is padding, on average; decodes have a tile each.
                 linear_s += (
@@ -275,7 +276,7 @@ class IterationCost:
                 linear_s += self._decode_seq_s * num_seqs
             if linear_s < self._launch_s:
                 linear_s = self._launch_s
-            total_s += linear_s + stack.seq_s * heads + self._send_s + self._send_token_s * tokens
+            total_s += linear_s + self._send_s + self._send_token_s * tokens
         if encode_tiles:
             total_s += self.encode_s(encode_tiles, clock_frac)
         return total_s
@@ -376,7 +377,7 @@ class IterationCost:
         running = tokens > 0
         total_s = stack.iteration_s + np.where(
             running,
-            linear_s + stack.seq_s * heads + stack.token_s * prompt
+            linear_s + np.interp(heads, _KNOTS, self._host_s) + stack.token_s * prompt
             + self._send_s + self._send_token_s * tokens,
             0.0,
         )  # fmt: skip
@@ -412,8 +413,7 @@ class IterationCost:
         return total
 
     def _grids(self) -> tuple[Floats, Floats]:
-        layers, head = _grids(self._plan, self._knee, self._scale)
-        return layers, head + self._added_s
+        return _grids(self._plan, self._knee, self._scale)
 
     def _select(self, clock_frac: float) -> None:
         """Make the tables of a clock the present ones."""
@@ -422,7 +422,7 @@ class IterationCost:
         if tables is None:
             scale = self._scale
             linear, head = _tables(self._plan, self._knee, key / _CLOCKS)
-            tables = (*_lines(linear * scale), *_lines(head * scale + self._added_s))
+            tables = (*_lines(linear * scale), *_lines(head * scale))
             self._tables[key] = tables
         self._linear, self._linear_slope, self._head, self._head_slope = tables
         self._x = clock_frac

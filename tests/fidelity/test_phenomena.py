@@ -134,16 +134,24 @@ def test_a_cap_above_the_draw_of_decoding_costs_nothing_and_the_floor_is_a_cliff
     assert flat.rate_tps > 0.95 * free.rate_tps, "voltage goes first, and is free"
     floor = Served("h100-sxm", "llama-3.1-70b", 16, 200, 4000, tp=4, seconds=9, limit_w=200)
     assert floor.rate_tps < 0.6 * free.rate_tps
+    # The cap that decoding does not feel is felt: prompts take longer under it.
+    prompts, slow = (
+        Served("h100-sxm", "llama-3.1-70b", 8, 6000, 4, tp=4, seconds=9, limit_w=limit_w)
+        for limit_w in (700, 350)
+    )
+    assert slow.rate_tps < 0.85 * prompts.rate_tps
 
 
 def test_prefill_under_a_cap_takes_as_long_as_the_clock_is_slow():
-    runs = [
-        Served("h100-sxm", "llama-3.1-8b", 8, 6000, 4, limit_w=limit_w) for limit_w in (700, 400)
-    ]
-    speed = runs[1].rate_tps / runs[0].rate_tps
-    clock = runs[1].clock_frac / runs[0].clock_frac
-    assert clock < 0.75
-    assert speed == pytest.approx(clock, abs=0.08)
+    free, *capped = (
+        Served("h100-sxm", "llama-3.1-8b", 8, 6000, 4, limit_w=limit_w)
+        for limit_w in (700, 600, 500, 400)
+    )
+    clocks = [one.clock_frac / free.clock_frac for one in capped]
+    assert clocks == sorted(clocks, reverse=True)
+    assert clocks[-1] < 0.75
+    for one, clock in zip(capped, clocks, strict=True):
+        assert one.rate_tps / free.rate_tps == pytest.approx(clock, abs=0.08)
 
 
 def test_a_b200_starves_when_images_are_prepared_too_slowly():
