@@ -504,40 +504,25 @@ def _interpolated(columns: Columns, measured: Any, configuration: Any) -> Any:
 
 def _energy_v2(data: Path) -> list[Comparison]:
     """An older engine that leaves GPUs waiting: the same formula, busy for its kernels' time."""
-    columns = find(data / "ml_energy_v2", "text_generation_runs")
+    columns = serving_power.older_rows(data)
     if columns is None:
         return []
-    need(columns, ["Model", "GPU", "TP", "Energy/req (J)", "Token tput (tok/s)",
-                   "Avg Output Tokens", "Avg BS (reqs)"], "ml_energy_v2")  # fmt: skip
-    gpus = columns["TP"] * np.nan_to_num(columns.get("PP", np.ones(size(columns))), nan=1.0)
-    rate, output = columns["Token tput (tok/s)"], columns["Avg Output Tokens"]
-    known = np.array(
-        [card_for(str(one)) is not None and gpu in serving_power.GPUS
-         for one, gpu in zip(columns["Model"], columns["GPU"], strict=True)]
-    )  # fmt: skip
-    known &= np.isfinite(rate) & np.isfinite(columns["Avg BS (reqs)"]) & np.isfinite(gpus)
-    mine = {
-        "model_id": columns["Model"][known], "gpu_model": columns["GPU"][known],
-        "num_gpus": gpus[known], "avg_batch_size": columns["Avg BS (reqs)"][known],
-        "avg_output_len": output[known], "output_throughput_tokens_per_sec": rate[known],
-        "task": np.array(["lm-arena-chat"] * int(known.sum()), dtype=object),
-    }  # fmt: skip
-    if not size(mine):
-        return []
-    measured = (columns["Energy/req (J)"] * rate / output / gpus)[known]
-    work = serving_power.work(mine)
+    pool, quantity = serving_power.older_pool(SHIPPED), serving_power.OLDER
     out = []
-    for label in sorted(set(mine["gpu_model"])):
-        gpu_name = serving_power.GPUS[label]
-        gpu, own = load_gpu(gpu_name), mine["gpu_model"] == label
-        rates = take(work, own)
-        busy = np.minimum(1.0, rates["busy_frac"])
-        constants = serving_power.watts_of(gpu)
-        predicted = serving_power.formula_w(gpu, constants, rates, busy)
-        always = serving_power.formula_w(gpu, constants, rates)
-        watts = measured[own]
-        naive = {"always_busy": always, "constant": np.full(len(watts), np.median(watts))}
-        out.append(Comparison("ml_energy_v2", gpu_name, "all", "power_w", predicted, watts, naive))
+    for label in sorted(set(columns["gpu_model"])):
+        name = serving_power.GPUS[label]
+        gpu, mine = load_gpu(name), take(columns, columns["gpu_model"] == label)
+        watts = quantity.measured(mine)
+        naive = {
+            "formula_without_corrections": quantity.computed(mine),
+            "always_busy": serving_power.formula_w(gpu, serving_power.watts_of(gpu), mine),
+            "constant": np.full(len(watts), np.median(watts)),
+        }
+        for level, suffix in _LEVELS.items():
+            predicted = quantity.predict(pool, mine, level)
+            out.append(
+                Comparison("ml_energy_v2", name, "all", f"power_w{suffix}", predicted, watts, naive)
+            )
     return out
 
 

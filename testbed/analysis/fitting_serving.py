@@ -310,6 +310,12 @@ def fit_pools(data: Path, folder: Path) -> None:
             rows, logs = one.rows(energy), one.logs(energy)
             best[name] = pooling.fit(rows, logs, serving_power.EFFECTS, serving_power.COURSES)
             _report(name, rows, logs, best[name], ("point", "configuration", "pair"))
+    older = serving_power.older_rows(data)
+    if older is not None:
+        rows, logs = serving_power.OLDER.rows(older), serving_power.OLDER.logs(older)
+        pooled = pooling.fit(rows, logs, serving_power.EFFECTS, serving_power.COURSES)
+        best["power_v2"] = pooled
+        _report("power_v2", rows, logs, pooled, ("point", "configuration", "pair"))
     served = silicon.served_rows(data)
     if served is not None:
         served = served.below_saturation()

@@ -36,6 +36,8 @@ PROMPT_TOKENS = {
     "video-chat": 60,
 }
 """Text tokens per request (assumed: the set does not state them)."""
+_PROMPT_TOKENS = 120
+"""The same for tasks of other sets."""
 _VIDEO_IMAGES = 4
 IMAGE_TASKS = ("image-chat", "video-chat")
 PRECISION: dict[str, Precision | None] = {"bfloat16": None, "fp8": "fp8", "mxfp4": None}
@@ -119,7 +121,7 @@ def cost_of(row: dict[str, Any], gpu: GpuProfile | None = None) -> IterationCost
 
 def prompt_of(row: dict[str, Any]) -> tuple[int, int]:
     """Prompt tokens with those of images, and encoder tiles."""
-    prompt = PROMPT_TOKENS.get(row.get("task", ""), 200)
+    prompt = PROMPT_TOKENS.get(row.get("task", ""), _PROMPT_TOKENS)
     model = load_model(card_for(row["model_id"]) or "")
     if model.vision is None or row.get("task") not in IMAGE_TASKS:
         return prompt, 0
@@ -214,6 +216,17 @@ def power_w(columns: Columns) -> Any:
     return columns["avg_power_watts"] / columns["num_gpus"]
 
 
+def idle_formula_w(columns: Columns) -> Any:
+    """Watts by the profile's constants, with GPUs busy for the time of their kernels."""
+    out = np.zeros(size(columns))
+    for label in set(columns["gpu_model"]):
+        own = columns["gpu_model"] == label
+        gpu, rates = load_gpu(GPUS[label]), take(columns, own)
+        busy = np.minimum(1.0, rates["busy_frac"])
+        out[own] = formula_w(gpu, watts_of(gpu), rates, busy)
+    return out
+
+
 def gap_s(columns: Columns) -> Any:
     """Measured mean seconds from token to token."""
     return columns["avg_batch_size"] / columns["output_throughput_tokens_per_sec"]
@@ -251,7 +264,7 @@ def _kind(columns: Columns) -> list[Any]:
     models = [load_model(card_for(name) or "") for name in columns["model_id"]]
     shapes = [(one.hidden, one.active_params, one.ffn, one.experts) for one in models]
     own = [columns[name] for name in ("fp8", "images", "experts")]
-    hopper = (columns["gpu_model"] == "H100").astype(float)
+    hopper = np.array(["H100" in name for name in columns["gpu_model"]], float)
     return [np.log2(columns["num_gpus"]), *own, hopper, *np.log2(np.array(shapes, float)).T]
 
 
@@ -286,6 +299,8 @@ QUANTITIES = {
     "power": Quantity(power_w, lambda columns: np.ones(size(columns)), _power_features),
     "gap": Quantity(gap_s, stack_gap_s, _gap_features),
 }
+OLDER = Quantity(power_w, idle_formula_w, _power_features)
+"""Power of the engine of `ml_energy_v2`, which leaves GPUs waiting."""
 
 
 def energy_rows(data: Path) -> Columns | None:
@@ -293,6 +308,33 @@ def energy_rows(data: Path) -> Columns | None:
     columns = find(data / "ml_energy_v3", "llm_runs")
     if columns is None:
         return None
+    columns = take(columns, known(columns))
+    if not size(columns):
+        return None
+    rates = work(columns)
+    return {**columns, **{name: rates[name] for name in rates if name not in columns}}
+
+
+_OLDER = ["Model", "GPU", "task", "TP", "Energy/req (J)", "Token tput (tok/s)",
+          "Avg Output Tokens", "Avg BS (reqs)"]  # fmt: skip
+
+
+def older_rows(data: Path) -> Columns | None:
+    """Rows of `ml_energy_v2` as columns of `ml_energy_v3`, with their `work`."""
+    columns = find(data / "ml_energy_v2", "text_generation_runs")
+    if columns is None:
+        return None
+    need(columns, _OLDER, "ml_energy_v2/text_generation_runs")
+    gpus = columns["TP"] * np.nan_to_num(columns.get("PP", np.ones(size(columns))), nan=1.0)
+    rate, output = columns["Token tput (tok/s)"], columns["Avg Output Tokens"]
+    batch = columns["Avg BS (reqs)"]
+    columns = {
+        "model_id": columns["Model"], "gpu_model": columns["GPU"], "task": columns["task"],
+        "num_gpus": gpus, "avg_batch_size": batch, "avg_output_len": output,
+        "max_num_seqs": columns.get("Max BS (reqs)", batch),
+        "output_throughput_tokens_per_sec": rate,
+        "avg_power_watts": columns["Energy/req (J)"] * rate / output,
+    }  # fmt: skip
     columns = take(columns, known(columns))
     if not size(columns):
         return None
@@ -309,3 +351,11 @@ def pools(folder: Path) -> dict[str, Pool]:
         name: Pool(one.rows(columns), one.logs(columns), pooled[name])
         for name, one in QUANTITIES.items()
     }
+
+
+def older_pool(folder: Path) -> Pool:
+    """The same for the power of `ml_energy_v2`."""
+    columns = older_rows(folder)
+    assert columns is not None, "shipped data are part of the package"
+    pooled = msgspec.json.decode((folder / "pooled.json").read_bytes(), type=dict[str, Pooled])
+    return Pool(OLDER.rows(columns), OLDER.logs(columns), pooled["power_v2"])
