@@ -10,7 +10,7 @@ Commands name what they act on by index into the same columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,18 @@ from testbed.core.messages import Request
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+
+OFF: Final = 0
+"""State of an instance slot: nothing is there, or its node has not begun yet."""
+STARTING: Final = 1
+"""The model is being loaded or re-sharded; serves from ``ready_s`` on."""
+UP: Final = 2
+DRAINING: Final = 3
+"""On its way out: serves what it has and takes nothing new."""
+
+PRECISIONS: Final = ("bf16", "fp8", "fp4", "int4", "native")
+"""Precisions of a model's layers, as `InstanceColumns.precision` counts them. ``native`` is that of
+the model's card where it is none of the others."""
 
 
 @dataclass(slots=True)
@@ -64,15 +76,31 @@ class GpuColumns:
 
 @dataclass(slots=True)
 class InstanceColumns:
-    """One row per serving instance. ``outstanding_tokens`` is the coordinator's own account."""
+    """One row per serving instance. ``outstanding_tokens`` is the coordinator's own account.
+
+    In a run with ``cluster.elastic`` a row is a slot: there is one per GPU, slot i is the instance
+    whose first GPU is GPU i of the cluster, and most slots are empty. So indices never move, and a
+    request sent to an index reaches what was there when the router saw it.
+    """
 
     name: tuple[str, ...]
     node: Ints
     pool: Ints
-    """Index into `View.pools`."""
+    """Index into `View.pools`; -1 for an empty slot."""
     up: Bools
-    """Takes requests: its node is heard from and it is not draining."""
+    """Takes requests: its node is heard from, it is loaded and it is not draining."""
     num_gpus: Ints
+    """Tensor-parallel degree: GPUs from its first one on. 0 for an empty slot."""
+    model: Ints
+    """Index into `View.models`; -1 for an empty slot."""
+    precision: Ints
+    """Index into `PRECISIONS`; -1 for an empty slot."""
+    state: Ints
+    """`OFF`, `STARTING`, `UP` or `DRAINING`, as its node reported last."""
+    ready_s: Floats
+    """When a starting instance will serve, or when one that is up began to."""
+    max_num_seqs: Ints
+    """Most sequences in a batch, see `SetBatch`; 0 for an empty slot."""
     t_s: Floats
     num_running: Ints
     num_waiting: Ints
@@ -128,6 +156,11 @@ class View:
     pool_priority: Ints
     pool_of_class: dict[str, int] = field(default_factory=dict)
     """Which pool serves a request's ``slo_class``."""
+    models: tuple[str, ...] = ()
+    """Models that instances may hold: those of the pools, then ``reconfigure.models``."""
+    model_quality_frac: Floats = field(default_factory=lambda: np.ones((0, len(PRECISIONS))))
+    """Quality of each model (row) at each precision (column) as its card declares it: the share of
+    MMLU questions answered. NaN where nothing is declared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +199,107 @@ class DrainInstance:
     why: str = ""
 
 
-Command = SetPowerLimit | LockClocks | SetMemoryLimit | DrainInstance
+# What follows but for `SetBatch` and the queues needs a run with ``cluster.elastic``.
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """An instance that a node should hold."""
+
+    first_gpu: int
+    """Counted on the node."""
+    tp: int
+    """GPUs from the first one on: 1, 2, 4 or 8."""
+    pool: int
+    """Index into `View.pools`: whose requests it serves, with that pool's engine settings."""
+    model: int
+    """Index into `View.models`; need not be the model that the run file gives the pool."""
+    precision: str = "bf16"
+    """One of `PRECISIONS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetLayout:
+    """Let a node hold these instances and no others.
+
+    The node compares with what it holds. What is in both goes on undisturbed (another pool is a
+    change of name only, where both pools have the same engine settings). What is not in ``layout``
+    drains: it serves what it has until that is done or ``reconfigure.drain_s`` have passed; the
+    rest is handed back and routed again. What is new starts once its GPUs are free, and takes
+    requests after the delay of ``how``. Where what leaves and what comes is the same model at the
+    same precision on overlapping GPUs, it is re-sharded: its requests are handed back at once and
+    the new instances serve some 0.1 s later (docs/decisions/0040).
+
+    A placement on a lost GPU stays empty. The last layout said for a node stands; of several
+    policies that of the highest precedence holds, then that of the policy listed first. A
+    ``layout`` of None takes a policy's word back.
+    """
+
+    node: int
+    """As in ``view.gpus.node``."""
+    layout: tuple[Placement, ...] | None
+    how: Literal["snapshot", "cold"] = "snapshot"
+    """Start from a snapshot in host memory, or from storage; cold, an empty node boots as well."""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SetBatch:
+    """Let each of ``instances`` run at most ``max_num_seqs`` sequences at once.
+
+    Holds until said otherwise or the slot's instance changes; 0 takes it back. What runs already
+    goes on. Of several policies' values the arbiter picks as it does for power limits.
+    """
+
+    instances: Ints
+    max_num_seqs: Ints | int
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OrderQueue:
+    """Serve waiting requests of ``instances`` in this order from now on.
+
+    A request's deadline is its arrival plus its class's ``ttft_s``.
+    """
+
+    instances: Ints
+    by: Literal["deadline", "arrival"] = "deadline"
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RecallWaiting:
+    """Take back what waits for a place in a batch of ``instances``, and route it again."""
+
+    instances: Ints
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Squash:
+    """Drop requests that wait in ``instances`` without a first token and are past their deadline.
+
+    They end as rejected; the recording's table ``moves`` says why.
+    """
+
+    instances: Ints
+    ttft_frac: float = 1.0
+    """Deadline: arrival plus so many times the class's ``ttft_s``."""
+    why: str = ""
+
+
+Command = (
+    SetPowerLimit
+    | LockClocks
+    | SetMemoryLimit
+    | DrainInstance
+    | SetLayout
+    | SetBatch
+    | OrderQueue
+    | RecallWaiting
+    | Squash
+)
 
 
 class Controller(Protocol):
@@ -185,6 +318,23 @@ class Router(Protocol):
     def route(self, request: Request, view: View) -> int | None:
         """Index into ``view.instances``, or None to hold the request at the front door."""
         ...
+
+
+def slots_to_gpus(num_gpus: Ints, pool: Ints, pool_priority: Ints, spare: int) -> tuple[Ints, Ints]:
+    """Instance and priority of each GPU where instances are slots, from the slots' columns.
+
+    GPUs that serve nothing have instance -1 and priority ``spare``.
+
+    >>> priority = np.array([1, 5])
+    >>> slots_to_gpus(np.array([2, 0, 1, 0]), np.array([1, -1, 0, -1]), priority, 1)
+    (array([ 0,  0,  2, -1]), array([5, 5, 1, 1]))
+    """
+    count = len(num_gpus)
+    first = np.where(num_gpus > 0, np.arange(count), -1)
+    latest = np.maximum.accumulate(first)
+    held = (latest >= 0) & (np.arange(count) < latest + num_gpus[latest])
+    instance = np.where(held, latest, -1)
+    return instance, np.where(held, pool_priority[pool[latest]], spare)
 
 
 _C = TypeVar("_C", GpuColumns, InstanceColumns, TenantColumns)
@@ -251,6 +401,8 @@ def view_of(
     instances.node[:] = np.arange(count)
     instances.up[:] = True
     instances.num_gpus[:] = 1
+    instances.state[:] = UP
+    instances.max_num_seqs[:] = 256
     instances.t_s[:] = now_s
     if outstanding_tokens is not None:
         instances.outstanding_tokens[:] = outstanding_tokens
@@ -264,4 +416,47 @@ def view_of(
         pools=("default",),
         pool_priority=np.ones(1, np.int64),
         pool_of_class={"default": 0},
+        models=("llama-3.1-8b",),
+        model_quality_frac=np.full((1, len(PRECISIONS)), np.nan),
     )
+
+
+def view_of_layouts(
+    layouts: list[tuple[Placement, ...]],
+    *,
+    gpus_per_node: int = 8,
+    pools: tuple[str, ...] = ("default",),
+    models: tuple[str, ...] = ("llama-2-70b",),
+    draw_w: float = 300.0,
+    now_s: float = 10.0,
+) -> View:
+    """A small view of an elastic run for doctests and tests: what each node holds, all of it up.
+
+    GPUs are as those of `view_of`, on one row; each pool serves the class of its name.
+
+    >>> eight, fours = (Placement(0, 8, 0, 0),), (Placement(0, 4, 0, 0), Placement(4, 4, 0, 0))
+    >>> view = view_of_layouts([eight, fours, ()])
+    >>> np.flatnonzero(view.instances.up).tolist(), view.gpus.instance[[7, 8, 15, 16]].tolist()
+    ([0, 8, 12], [0, 8, 12, -1])
+    """
+    view = view_of([[draw_w] * (gpus_per_node * len(layouts))], now_s=now_s)
+    slots, gpus = view.instances, view.gpus
+    slots.node[:] = gpus.node[:] = np.arange(len(gpus.name)) // gpus_per_node
+    slots.up[:] = False
+    slots.num_gpus[:] = slots.max_num_seqs[:] = slots.state[:] = OFF
+    slots.pool[:] = slots.model[:] = slots.precision[:] = -1
+    for node, layout in enumerate(layouts):
+        for placement in layout:
+            slot = node * gpus_per_node + placement.first_gpu
+            slots.up[slot], slots.state[slot] = True, UP
+            slots.num_gpus[slot], slots.max_num_seqs[slot] = placement.tp, 256
+            slots.pool[slot], slots.model[slot] = placement.pool, placement.model
+            slots.precision[slot] = PRECISIONS.index(placement.precision)
+    view.pools, view.pool_priority = pools, np.ones(len(pools), np.int64)
+    view.pool_of_class = {name: index for index, name in enumerate(pools)}
+    view.models = models
+    view.model_quality_frac = np.full((len(models), len(PRECISIONS)), np.nan)
+    gpus.instance, gpus.priority = slots_to_gpus(
+        slots.num_gpus, slots.pool, view.pool_priority, spare=1
+    )
+    return view
