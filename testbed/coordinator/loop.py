@@ -396,6 +396,8 @@ class Coordinator:
             )
 
     def _on_progress(self, node: Node, progress: Progress, now_s: float) -> None:
+        if self.stopping:
+            return  # what was on its way at the end is written down as that
         seen_s = self._observed_s(now_s)
         freed = False
         for request_id, event, t_s, preemptions in zip(
