@@ -169,6 +169,12 @@ SATURATED = 0.95
 """Share of the KV blocks that all users want, from which queues for memory rule a row."""
 PLAIN = Stack(iteration_s=1e-3, seq_s=1e-5)
 """A stack of the time, the same for every engine; what engines differ in is pooled."""
+FIRST_TOKEN_S = 0.02
+"""From a request's arrival to the scheduler, and from the sampled token to its stamp. Read off
+vLLM's rows of `llm_e2e_silicon` with the shortest kernels (gpt-oss-120b, 4 users, 1024 tokens):
+their first tokens come 18 ms (B200) and 24 ms (H200) later than kernels and queue take."""
+BURST_FRAC = 0.1
+"""Share of requests that come at once when users begin: such benchmarks send ten per user."""
 EFFECTS = COURSES = ["harness", "weights", "family", "configuration"]
 
 
@@ -196,8 +202,11 @@ class ServedRows(NamedTuple):
         return self.take(np.flatnonzero(~self.saturated))
 
     def computed(self, name: str) -> Any:
-        """``ttft`` of the steady state, or ``tpot``, seconds."""
-        return self.predictions[:, 0 if name == "ttft" else 2]
+        """``ttft`` or ``tpot`` by engine and queue, seconds."""
+        steady_s, burst_s, tpot_s, _ = self.predictions.T
+        if name == "tpot":
+            return tpot_s
+        return FIRST_TOKEN_S + (1.0 - BURST_FRAC) * steady_s + BURST_FRAC * burst_s
 
     def logs(self, name: str) -> Any:
         """Log of measured over computed."""
@@ -282,12 +291,6 @@ _CARDS = {
 }
 VLLM_STACK = Stack(iteration_s=1.6e-3, seq_s=0.0)
 """vLLM 0.19 with CUDA graphs: scheduling and sampling that kernels do not hide."""
-
-
-FIRST_TOKEN_S = 0.02
-"""From a request's arrival to the scheduler, and from the sampled token to its stamp. Read off
-vLLM's rows of `llm_e2e_silicon` with the shortest kernels (gpt-oss-120b, 4 users, 1024 tokens):
-their first tokens come 18 ms (B200) and 24 ms (H200) later than kernels and queue take."""
 
 
 class Run(NamedTuple):
