@@ -319,14 +319,21 @@ def fit_pools(data: Path, folder: Path) -> None:
     served = silicon.served_rows(data)
     if served is not None:
         served = served.below_saturation()
-        for name in ("ttft", "tpot"):
+        for name, (most, steps) in _SILICON_FIT.items():
             rows, logs = served.rows(), served.logs(name)
-            best[name] = pooling.fit(rows, logs, silicon.EFFECTS, silicon.COURSES, most=450)
+            best[name] = pooling.fit(
+                rows, logs, silicon.EFFECTS, silicon.COURSES, most=most, steps=steps
+            )
             _report(name, rows, logs, best[name], ("point", "configuration", "family"))
     tree = rounded(msgspec.to_builtins(best))
     (folder / "pooled.json").write_bytes(
         msgspec.json.format(msgspec.json.encode(tree), indent=1) + b"\n"
     )
+
+
+_SILICON_FIT = {"ttft": (900, 16), "tpot": (450, 12)}
+"""Rows and steps of the search: the work grows with the cube of the rows. TPOT gains nothing from
+more of them where whole families are left out."""
 
 
 def _report(
