@@ -249,7 +249,9 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
     breaches = summary["breaches"]
     line("over budget", f"{breaches['count']} times, {breaches['s']:.1f} s in all")
     line("commands", "  ".join(f"{key} {value}" for key, value in summary["commands"].items()))
-    line("lateness", spread(summary["lateness_s"], "ms", 1000))
+    late = dict(summary["lateness_s"])
+    missed = late.pop("missed")
+    line("lateness", f"{spread(late, 'ms', 1000)}  missed {missed or 0:.0f} events")
     line("valid", "yes" if summary["valid"] else "NO: see the report")
     line("recording", str(folder))
     if (folder / "report.html").exists():

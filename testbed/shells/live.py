@@ -73,7 +73,8 @@ def run_live(
         )
         stack.callback(crew.close)
         _gather(spec, hub, greetings, crew, parts.progress)
-        delay_s = _WARM_DELAY_S if spec.mode == "hardware" else _START_DELAY_S
+        warms = spec.mode == "hardware" and not spec.forward  # a server is warm already
+        delay_s = _WARM_DELAY_S if warms else _START_DELAY_S
         start_ns = time.monotonic_ns() + int(delay_s * 1e9)
         loop.start_ns = start_ns
         desk = Desk(parts, loop)

@@ -165,7 +165,7 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         )
         shell = NodeSchedule(daemon, loop)
         with signals_stop(loop.stop) as caught:
-            _say_hello(daemon, spoke, sync, caught)
+            _say_hello(daemon, spoke, sync, caught, options.orphan_exit_s)
             if daemon.welcome is not None:
                 _serve_node(options, daemon, shell, loop, plant, sync)
         late = loop.lateness
@@ -300,10 +300,13 @@ def _node_tenants(
     return host
 
 
-def _say_hello(daemon: NodeDaemon, spoke: ZmqSpoke, sync: ClockSync, caught: list[int]) -> None:
-    """Greet the coordinator until it answers."""
+def _say_hello(
+    daemon: NodeDaemon, spoke: ZmqSpoke, sync: ClockSync, caught: list[int], patience_s: float
+) -> None:
+    """Greet the coordinator until it answers, or for so long."""
     said = -math.inf
-    while daemon.welcome is None and not daemon.stopped and not caught:
+    begun = now = time.monotonic()
+    while daemon.welcome is None and not daemon.stopped and not caught and now - begun < patience_s:
         now = time.monotonic()
         if now - said >= 1.0:
             said = now

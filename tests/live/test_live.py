@@ -206,12 +206,18 @@ def test_kill_a_node_and_its_requests_go_elsewhere(small_spec, tmp_path):
 
 
 FOREIGN = """
-import pynvml as n
+import pynvml as n, time
 n.nvmlInit()
 h = n.nvmlDeviceGetHandleByIndex(1)
 n.nvmlDeviceSetPowerManagementLimit(h, 250000)
-print(n.nvmlDeviceGetPowerUsage(h), n.nvmlDeviceGetUUID(h), len(
-    n.nvmlDeviceGetComputeRunningProcesses(h)))
+[process] = n.nvmlDeviceGetComputeRunningProcesses(h)
+print(n.nvmlDeviceGetUUID(h), process.pid, process.usedGpuMemory)
+for _ in range(30):
+    # Power twice: between equal readings there was no tick.
+    before, mhz = n.nvmlDeviceGetPowerUsage(h), n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM)
+    if n.nvmlDeviceGetPowerUsage(h) == before:
+        print(before, mhz)
+    time.sleep(0.05)
 """
 
 
@@ -229,7 +235,8 @@ def test_another_program_sees_the_gpus_of_a_run_and_its_lower_limit_is_respected
         seen = subprocess.run(
             [sys.executable, "-c", FOREIGN], env=client_environment(state),
             capture_output=True, text=True, check=True,
-        ).stdout.split()  # fmt: skip
+        ).stdout.splitlines()  # fmt: skip
+        node = next(p.pid for p in nodes_of(folder) if "row0/rack0/node000" in p.cmdline())
         assert process.wait(timeout=60) == 0, process.stdout.read().decode()
     finally:
         process.kill()
@@ -238,11 +245,24 @@ def test_another_program_sees_the_gpus_of_a_run_and_its_lower_limit_is_respected
     recording = Recording.open(folder)
     gpus, info = recording.table("gpus"), recording.table("gpu_info")
     mine = gpus["gpu"].to_numpy() == 1
-    assert seen[1] == info["uuid"].to_pylist()[1]
-    assert int(seen[2]) == 1
-    recorded_w = gpus["power_avg_w"].to_numpy()[mine]
-    assert np.abs(recorded_w - int(seen[0]) / 1000).min() < 0.01, "the recording has that reading"
-    assert "drift" in recording.table("events")["kind"].to_pylist()
+    uuid, pid, used_bytes = seen[0].split()
+    assert uuid == info["uuid"].to_pylist()[1]
+    assert int(pid) == node
+    [seen_bytes] = set(gpus["fb_used_bytes"].to_pylist())
+    assert 0 < seen_bytes - int(used_bytes) < 1 << 30, "all but what the driver reserves"
+    recorded = set(
+        zip(
+            np.rint(gpus["power_avg_w"].to_numpy()[mine] * 1000).astype(int).tolist(),
+            gpus["sm_clock_mhz"].to_numpy()[mine].astype(int).tolist(),
+            strict=True,
+        )
+    )
+    readings = {tuple(map(int, line.split())) for line in seen[1:]}
+    assert len(readings) > 5
+    assert readings <= recorded, "the recording has the same watts at the same clocks"
+    events = recording.table("events").to_pylist()
+    [drift] = [event for event in events if event["kind"] == "drift"]
+    assert drift["source"] == "row0/rack0/node000"
     enforced_w = gpus["power_limit_enforced_w"].to_numpy()[mine]
     assert (enforced_w[-20:] == 250.0).all(), "the lower foreign limit is respected"
     assert (gpus["power_avg_w"].to_numpy()[mine][-10:] < 256).all()
@@ -266,6 +286,16 @@ def test_a_node_that_cannot_join_says_why(tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert "needs the coordinator's port" in done.stderr
+
+
+def test_a_node_that_nobody_answers_leaves_in_the_end(tmp_path):
+    done = cli(
+        "node", "--coordinator", "tcp://127.0.0.1:9", "--name", "row0/rack0/node000",
+        "--emulate", "2xh100", "--state-dir", tmp_path, "--orphan-exit-s", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "left: no coordinator" in done.stderr
+    assert not (tmp_path / "journal.json").exists()
 
 
 def test_port_in_use(small_spec, tmp_path):
