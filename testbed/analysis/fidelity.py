@@ -628,6 +628,8 @@ def capped_share(gpu_name: str, rel_cap: float) -> float:
 
 _BIOHPC_GPUS = {"A100": (300.0, "a100-80gb"), "H100": (350.0, "h100-sxm")}
 _EXPONENTS = np.linspace(0.4, 2.0, 17)
+_DRIFT_MONTHS = 3.0
+"""Over so many months what was measured loses weight by e."""
 
 
 def _biohpc(data: Path) -> list[Comparison]:
@@ -673,7 +675,10 @@ def _of_card(columns: Columns, part: str) -> Columns:
 
 
 def _settled(mine: Columns, known: Columns, limit_w: float, exponents: Any) -> Any:
-    """Temperatures by offset + rise (P / limit) ** exponent, fitted without a row's month."""
+    """Temperatures by offset + rise (P / limit) ** exponent, fitted without a row's month.
+
+    Air at the inlets was not recorded, and drifts: months count by how near they are.
+    """
     servers = sorted(set(known["server"]))
 
     def design(each: Columns, exponent: float) -> Any:
@@ -683,23 +688,28 @@ def _settled(mine: Columns, known: Columns, limit_w: float, exponents: Any) -> A
         held[held.sum(axis=1) == 0] = 1.0 / len(servers)
         return np.column_stack([share, held])
 
-    def fit(rows: Columns, exponent: float) -> tuple[float, Any]:
+    def fit(rows: Columns, weight: Any, exponent: float) -> tuple[float, Any]:
         x, y = design(rows, exponent), rows["temp_avg_c"]
-        best = np.linalg.lstsq(x, y, rcond=None)[0]
-        return float(np.abs(x @ best - y).mean()), best
+        root = np.sqrt(weight)
+        best = np.linalg.lstsq(x * root[:, None], y * root, rcond=None)[0]
+        return float(np.average(np.abs(x @ best - y), weights=weight)), best
 
-    months, theirs = (
-        np.array([str(one)[:7] for one in each["timestamp"]], dtype=object)
-        for each in (mine, known)
-    )
+    months, theirs = (_months(each["timestamp"]) for each in (mine, known))
     out = np.zeros(len(months))
     for month in np.unique(months):
         rest = take(known, theirs != month)
-        fits = [(*fit(rest, exponent), exponent) for exponent in exponents]
+        apart = np.abs(theirs[theirs != month] - month)
+        weight = np.exp(-apart / _DRIFT_MONTHS) + 0.01
+        fits = [(*fit(rest, weight, exponent), exponent) for exponent in exponents]
         _, best, exponent = min(fits, key=lambda one: one[0])
         own = months == month
         out[own] = design(take(mine, own), exponent) @ best
     return out
+
+
+def _months(timestamps: Any) -> Any:
+    """Months since the year 0."""
+    return np.array([int(str(one)[:4]) * 12 + int(str(one)[5:7]) for one in timestamps])
 
 
 SETS: dict[str, Callable[[Path], list[Comparison]]] = {
