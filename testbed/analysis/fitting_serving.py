@@ -351,7 +351,7 @@ _TASKS = ("lm-arena-chat", "sourcegraph-fim", "gpqa")
 """Tasks that corrections are learnt from, the first that a model was measured with. Image tasks
 include waiting for images, which the engine models by itself."""
 _LEAST_PARAMS = 2e9
-"""Models far below those measured are left as computed."""
+"""Models far below those measured take what models of their kind share."""
 HEIRS = {"h200-sxm": "h100-sxm"}
 """GPUs that were not measured, and those that they are most like."""
 
