@@ -439,12 +439,12 @@ def _energy_v3(data: Path) -> list[Comparison]:
             "formula_without_corrections": law_w,
             "constant": _constant(Sample(mine, watts, configuration)),
             "roofline": _roofline_w(gpu, mine),
-            "interpolation_within_configuration": _interpolated(mine, watts, configuration),
+            "interpolation": _interpolated(mine, watts, configuration),
         }
         naive_s = {
             "kernels_and_host": law_s,
             "kernel_sum": mine["kernel_s"],
-            "interpolation_within_configuration": _interpolated(mine, gap_s, configuration),
+            "interpolation": _interpolated(mine, gap_s, configuration),
         }
 
         def add(model: str, quantity: str, predicted: Any, measured: Any, naive: Any,
