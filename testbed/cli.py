@@ -452,8 +452,8 @@ def fidelity(
 def _errors_table(name: str, rows: list[dict[str, Any]]) -> Table:
     """Absolute errors of one set, with the best of the naive alternatives."""
     table = Table(title=f"{name}: absolute errors", box=SIMPLE, padding=(0, 1, 0, 0))
-    for head, width in (("of", 14), ("quantity", 25), ("best naive", 15)):
-        table.add_column(head, min_width=14, max_width=width)
+    for head, width in (("of", 13), ("quantity", 25), ("best naive", 13)):
+        table.add_column(head, min_width=13, max_width=width)
     for head in ("rows", "median", "mean", "p90", "bias"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
