@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import click
 import pynvml
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -490,38 +491,41 @@ def fidelity(
     if as_json:
         _print_json(rows)
         return
-    table = Table(title="absolute error against measurements")
-    for head in (
-        "set",
-        "GPU",
-        "model",
-        "quantity",
-        "rows",
-        "median",
-        "mean",
-        "p90",
-        "bias",
-        "naive",
-    ):
-        table.add_column(head)
+    for name in dict.fromkeys(row["set"] for row in rows):
+        _OUT.print(_errors_table(name, [row for row in rows if row["set"] == name]))
+
+
+def _errors_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """Absolute errors of one set, with the best of the naive alternatives."""
+    table = Table(title=f"{name}: absolute errors", box=SIMPLE, padding=(0, 1, 0, 0))
+    for head, width in (("of", 13), ("quantity", 25), ("best naive", 13)):
+        table.add_column(head, min_width=13, max_width=width)
+    for head in ("rows", "median", "mean", "p90", "bias"):
+        table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        unit = "" if row["quantity"].endswith(("_points", "_c")) else "%"
-
-        def share(value: float | None, unit: str = unit) -> str:
-            if value is None:
-                return "-"
-            return f"{value:.1%}" if unit else f"{value:.2f}"
-
-        naive = "; ".join(
-            f"{name} {share(errors.get('ape_median_frac'))}"
-            for name, errors in (row["naive"] or {}).items()
-        )
+        share = _number if row["quantity"].endswith(("_points", "_c")) else _percent
+        known = [
+            (errors["ape_median_frac"], naive)
+            for naive, errors in row["naive"].items()
+            if errors["ape_median_frac"] is not None
+        ]
+        best = f"{share(min(known)[0])} {min(known)[1]}" if known else ""
+        who = row["gpu"] if row["model"] == row["gpu"] else f"{row['gpu']}, {row['model']}"
+        # Spaces, so that lines break between words.
         table.add_row(
-            row["set"], row["gpu"], row["model"], row["quantity"], f"{row['rows']:,}",
+            who, row["quantity"].replace("_", " "), best.replace("_", " "), f"{row['rows']:,}",
             share(row["ape_median_frac"]), share(row["ape_mean_frac"]),
-            share(row["ape_p90_frac"]), share(row["bias_frac"]), naive,
+            share(row["ape_p90_frac"]), share(row["bias_frac"]),
         )  # fmt: skip
-    _OUT.print(table)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 _PROFILE = click.option("--profile", type=click.Path(path_type=Path), default=Path("device.toml"),
