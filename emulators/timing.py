@@ -163,6 +163,7 @@ class IterationCost:
         latent = model.latent
         if latent is not None:
             q_dim = model.heads * (latent.nope_dim + latent.rope_dim + latent.v_dim) / 2
+        self.decode_tables: dict[float, dict[int, tuple[float, float, float]]] = {}
         self.flops_per_pair = 4.0 * q_dim * full * share / sp
         self.bytes_per_pair = 0.0  # keys are re-read from cache, not from HBM, within a tile
         decode_dim = q_dim

@@ -7,18 +7,19 @@ that many requests of the measured conversation lengths with Poisson arrivals.
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from emulators.engine import Event
 from emulators.gpu import GpuBank
 from emulators.profiles import load_gpu
 from emulators.server import ServerBank
 from emulators.state import GpuState
+from testbed.core.clock import rare_collections
 from testbed.core.errors import SpecError
 from testbed.core.messages import EngineConfig, InstanceConfig, Request
 from testbed.core.spec import ClassSpec, WorkloadSpec
@@ -40,12 +41,38 @@ class _Tally:
     tpot_s: float = 0.0
     tpot_count: int = 0
 
+    def count(self, events: list[Event]) -> None:
+        """Take in what happened."""
+        for request_id, kind, t_s, _ in events:
+            if kind == "first_token":
+                self.firsts[request_id] = t_s
+                continue
+            arrival_s, output_tokens = self.arrivals.pop(request_id)
+            self.ended += 1
+            first_s = self.firsts.pop(request_id, None)
+            if first_s is not None:
+                self.tokens += output_tokens
+                self.ttft_s += first_s - arrival_s
+                if output_tokens > 1:
+                    self.tpot_s += (t_s - first_s) / (output_tokens - 1)
+                    self.tpot_count += 1
+
 
 def bench_engine(
+    instances: int, requests: str, *, physics: bool = True, rate_rps: float = 0.0
+) -> dict[str, float | int]:
+    """Serve a workload on instances of one GPU each, as fast as it goes; see `measure_engine`."""
+    measured = measure_engine(instances, requests, physics=physics, rate_rps=rate_rps)
+    del measured["cpu_s"]
+    return measured
+
+
+def measure_engine(
     instances: int,
     requests: str,
     *,
     physics: bool = True,
+    rate_rps: float = 0.0,
     tick_s: float = 1.0,
     gpu: str = "h100-sxm",
     model: str = "llama-3.1-8b",
@@ -56,6 +83,8 @@ def bench_engine(
         instances: how many.
         requests: a number of requests, or a CSV file of arrival_s, prompt_tokens, output_tokens.
         physics: advance power, heat and clocks every ``tick_s``.
+        rate_rps: arrivals of all instances together, where a number is given; 0 for
+            `PER_INSTANCE_RPS` each.
         tick_s: length of a tick of run time.
         gpu: profile of the GPUs.
         model: what they serve.
@@ -66,6 +95,8 @@ def bench_engine(
     """
     if instances < 1:
         raise SpecError(f"bench: instances = {instances} must be at least 1")
+    if not 0 <= rate_rps < math.inf:
+        raise SpecError(f"bench: rate = {rate_rps} must be a positive number, or 0")
     bank = GpuBank(load_gpu(gpu), GpuState.create(instances))
     servers = ServerBank(bank, num_nodes=1)
     serving = servers.serving[0]
@@ -77,11 +108,12 @@ def bench_engine(
         ],
         0.0,
     )
-    stream = _requests(requests, instances)
+    stream = bench_requests(requests, instances, rate_rps)
     tally = _Tally()
-    begun = time.perf_counter()
-    end_s = _drive(servers, stream, tally, tick_s if physics else 0.0)
-    wall_s = time.perf_counter() - begun
+    begun, cpu_s = time.perf_counter(), time.process_time()
+    with rare_collections():
+        end_s = _drive(servers, stream, tally, tick_s if physics else 0.0)
+    wall_s, cpu_s = time.perf_counter() - begun, time.process_time() - cpu_s
     return {
         "instances": instances,
         "requests": tally.ended,
@@ -92,10 +124,16 @@ def bench_engine(
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "ttft_mean_s": tally.ttft_s / max(1, tally.ended),
         "tpot_mean_s": tally.tpot_s / max(1, tally.tpot_count),
+        "cpu_s": cpu_s,
     }
 
 
-def _requests(requests: str, instances: int) -> Iterator[Request]:
+def bench_requests(requests: str, instances: int, rate_rps: float = 0.0) -> Iterator[Request]:
+    """The workload that ``--requests`` names.
+
+    Raises:
+        SpecError: it is neither a number nor a file.
+    """
     classes = [ClassSpec()]
     if not requests.isdigit():
         if not Path(requests).is_file():
@@ -103,7 +141,7 @@ def _requests(requests: str, instances: int) -> Iterator[Request]:
         spec = WorkloadSpec(source="csv", trace=requests)
         seen = _last_arrival_s(Path(requests))
         return open_workload(spec, classes, 1, seen + 1e-6)
-    rate_rps = PER_INSTANCE_RPS * instances
+    rate_rps = rate_rps or PER_INSTANCE_RPS * instances
     spec = WorkloadSpec(source="poisson", rate_rps=rate_rps, max_prompt_tokens=4096)
     return _first(open_workload(spec, classes, 1, 1e9), int(requests))
 
@@ -120,51 +158,24 @@ def _first(stream: Iterator[Request], count: int) -> Iterator[Request]:
 
 
 def _drive(servers: ServerBank, stream: Iterator[Request], tally: _Tally, tick_s: float) -> float:
-    """Play the stream to its end; returns the run time at which the last request ended."""
-    serving = servers.serving[0]
-    engines, instances = serving.engines, len(serving.engines)
-    next_tick_s = tick_s or np.inf
-    now_s = 0.0
-    for turn, request in enumerate(stream):
-        now_s = request.arrival_s
-        while next_tick_s <= now_s:
-            servers.tick(next_tick_s)
-            _collect(servers, tally)
-            next_tick_s += tick_s
-        tally.arrivals[request.id] = (now_s, request.output_tokens)
-        engine = engines[turn % instances]
-        engine.submit(request, max(now_s, engine.now_s))
-        if not tick_s and turn % 1000 == 999:
-            _collect(servers, tally)
-    while tally.arrivals:
-        now_s = max(now_s + 1.0, next_tick_s if tick_s else 0.0)
+    """Play the stream to its end; returns the run time at which the last request ended.
+
+    Without physics the ticks only bring the engines up to date.
+    """
+    farm = servers.farm()
+    instances = len(farm.engines)
+    step_s = tick_s or 1.0
+    next_s = step_s
+    turn = 0
+    request = next(stream, None)
+    while request is not None or tally.arrivals:
+        while request is not None and request.arrival_s < next_s:
+            tally.arrivals[request.id] = (request.arrival_s, request.output_tokens)
+            tally.count(farm.submit(turn, request, request.arrival_s))
+            turn = turn + 1 if turn + 1 < instances else 0
+            request = next(stream, None)
+        tally.count(farm.advance_to(next_s))
         if tick_s:
-            servers.tick(next_tick_s)
-            now_s = next_tick_s
-            next_tick_s += tick_s
-        else:
-            for engine in engines:
-                engine.advance_to(now_s)
-        _collect(servers, tally)
-    return now_s
-
-
-def _collect(servers: ServerBank, tally: _Tally) -> None:
-    """Count what ended."""
-    for engine in servers.serving[0].engines:
-        if not engine.events:
-            continue
-        for request_id, kind, t_s, _ in engine.events:
-            if kind == "first_token":
-                tally.firsts[request_id] = t_s
-                continue
-            arrival_s, output_tokens = tally.arrivals.pop(request_id)
-            tally.ended += 1
-            first_s = tally.firsts.pop(request_id, None)
-            if first_s is not None:
-                tally.tokens += output_tokens
-                tally.ttft_s += first_s - arrival_s
-                if output_tokens > 1:
-                    tally.tpot_s += (t_s - first_s) / (output_tokens - 1)
-                    tally.tpot_count += 1
-        engine.events.clear()
+            servers.tick(next_s)
+        next_s += step_s
+    return next_s - step_s

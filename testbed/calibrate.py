@@ -605,6 +605,7 @@ class TwinCost:
 
     def __init__(self, profile: DeviceProfile) -> None:
         self._profile = profile
+        self.decode_tables: dict[float, dict[int, tuple[float, float, float]]] = {}
 
     def base_s(
         self,

@@ -20,10 +20,13 @@ keeps account of how late it was (openpilot's rule: make clock mistakes show the
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import heapq
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -52,20 +55,21 @@ class Scheduler(Protocol):
 class _Heap:
     def __init__(self) -> None:
         self.now_s = 0.0
-        self._heap: list[tuple[float, int, str, int, Callback]] = []
+        self.stopped = False
+        self.heap: list[tuple[float, int, str, int, Callback]] = []
+        """What is to come: due time, order, key, number of the entry, callback."""
         self._entered = 0
-        self._stopped = False
 
     def call_at(self, t_s: float, order: int, callback: Callback, key: str = "") -> None:
         """Run ``callback(t_s)`` at ``t_s``, or as soon as possible if that has passed."""
         if math.isnan(t_s):
             raise ValueError("t_s is not a number")
         self._entered += 1
-        heapq.heappush(self._heap, (max(t_s, self.now_s), order, key, self._entered, callback))
+        heapq.heappush(self.heap, (max(t_s, self.now_s), order, key, self._entered, callback))
 
     def stop(self) -> None:
         """Leave `run` after the current callback."""
-        self._stopped = True
+        self.stopped = True
 
 
 class VirtualScheduler(_Heap):
@@ -73,14 +77,38 @@ class VirtualScheduler(_Heap):
 
     def run(self, until_s: float) -> None:
         """Run everything due up to and at ``until_s``, and leave the clock there."""
-        heap = self._heap
-        self._stopped = False
-        while heap and heap[0][0] <= until_s and not self._stopped:
-            t_s, _, _, _, callback = heapq.heappop(heap)
-            self.now_s = t_s
-            callback(t_s)
-        if not self._stopped:
+        heap = self.heap
+        self.resume()
+        while heap and heap[0][0] <= until_s and not self.stopped:
+            self.step()
+        if not self.stopped:
             self.now_s = max(self.now_s, until_s)
+
+    def resume(self) -> None:
+        """Take back an earlier `stop`."""
+        self.stopped = False
+
+    def step(self) -> None:
+        """Run what is due next."""
+        t_s, _, _, _, callback = heapq.heappop(self.heap)
+        self.now_s = t_s
+        callback(t_s)
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Look for cyclic garbage seldom: a run makes next to none, and a look costs an eighth of it.
+
+    What has been built by now lives as long as the run and is not looked at again.
+    """
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 class Lateness:
@@ -131,7 +159,7 @@ class LiveScheduler(_Heap):
     """
 
     _FINE_S = 0.0015
-    _WAKE_S = 60e-6  # how much a short sleep overshoots here; the loop then spins
+    _WAKE_S = 15e-6  # how much a short sleep overshoots with fine timers; the loop then spins
 
     def __init__(
         self, poll: Callable[[float], None], *, start_ns: int | None = None, miss_s: float = 0.05
@@ -152,18 +180,19 @@ class LiveScheduler(_Heap):
 
     def run(self, until_s: float) -> None:
         """Run everything as it falls due until the clock shows ``until_s`` or `stop` is called."""
-        self._stopped = False
-        heap = self._heap
+        self.stopped = False
+        heap = self.heap
         polled_s = -math.inf
-        while not self._stopped:
+        fine_timers()
+        while not self.stopped:
             wall_s = self.wall_s()
             due_s = heap[0][0] if heap else math.inf
             if due_s <= min(wall_s, until_s):
-                # Arrivals first, now and then: a loop that is behind must not go deaf.
+                # Arrivals first, now and then: a loop that is behind must not go deaf. Counted
+                # from the end of a poll: a long one must not keep waiting what is due.
                 if wall_s - polled_s > 0.002:
                     self._poll(0.0)
-                    polled_s = wall_s
-                    continue
+                    polled_s = self.wall_s()
                 t_s, order, _, _, callback = heapq.heappop(heap)
                 self.now_s = max(self.now_s, t_s)
                 if order != HOUSEKEEPING:
@@ -179,6 +208,19 @@ class LiveScheduler(_Heap):
                     polled_s = self.wall_s()
                 elif wait_s > self._WAKE_S:
                     time.sleep(wait_s - self._WAKE_S)
+
+
+_PR_SET_TIMERSLACK = 29
+
+
+def fine_timers() -> None:
+    """Have sleeps of this thread end when they should: by default Linux lets them be 50 us late.
+
+    Instances that share a core are late by each other's spinning, so a loop must not spin for long
+    either. Where there is no such call, sleeps stay coarse.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
 
 
 class ClockSync:

@@ -87,9 +87,9 @@ class ClassSpec(_Table, frozen=True):
 class WorkloadSpec(_Table, frozen=True):
     """Where requests come from. Fields that a source does not use must be left at their default."""
 
-    source: Literal["azure_llm", "azure_lmm", "poisson", "bursty", "long_context", "csv"] = (
-        "poisson"
-    )
+    source: Literal[
+        "azure_llm", "azure_llm_week", "azure_lmm", "poisson", "bursty", "long_context", "csv"
+    ] = "poisson"
     trace: str = ""
     """A trace file, or the name of one we ship."""
     start_s: NotNegative = 0.0
@@ -164,6 +164,9 @@ class TransportSpec(_Table, frozen=True):
     delay_s: Annotated[float, Meta(ge=0, le=1)] = 0.005
     jitter_s: NotNegative = 0.0
     loss_frac: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    relays: Literal["none", "row"] = "none"
+    """``row``: nodes of an emulated run talk through a relay per row. In virtual time nothing has
+    to be relayed: messages act at the same times either way."""
 
 
 class ControlSpec(_Table, frozen=True):
@@ -178,6 +181,9 @@ class ControlSpec(_Table, frozen=True):
     ramp_up_w_per_s: Positive = 200.0
     max_attempts: Count = 3
     """How often a request is routed before it is recorded as lost."""
+    realtime: bool = False
+    """Nodes of an emulated run ask for real-time priority (SCHED_FIFO), so that others' load does
+    not make them late. Needs the privilege; without it the node says so and goes on."""
     hold_limit: Count = 10_000
     """Requests held at the front door before further ones are rejected."""
 
@@ -187,6 +193,16 @@ class RecordSpec(_Table, frozen=True):
 
     gpu_period_s: NotNegative = 0.0
     """Least time between two recorded samples of a GPU; 0 keeps every report."""
+    instance_period_s: NotNegative = 0.0
+    """The same for an instance."""
+    itl_period_s: NotNegative = 0.0
+    """Counts of gaps between tokens are put together over so much time; 0 keeps each second's."""
+    requests_every: Count = 1
+    """Keep the rows of every so manieth request. Counts, tokens and SLOs are kept of all."""
+    checkpoint_s: NotNegative = 0.0
+    """Run time between two checkpoints, from which ``testbed resume`` goes on; 0 keeps none."""
+    segments: bool = False
+    """Keep the engines' segments: the time of each token of a virtual run can be had from them."""
     views: bool = True
     """Keep the views that policies saw: needed by ``testbed replay``."""
 
@@ -407,8 +423,17 @@ def _check(spec: RunSpec) -> None:
         ):
             if value >= count:
                 raise SpecError(f"run spec: fault.{field} = {value} must be below {count}")
+    if spec.transport.relays != "none" and spec.mode == "hardware":
+        raise SpecError(
+            'run spec: transport.relays: start relays by hand (testbed relay) in mode "hardware"'
+        )
     if spec.fault and spec.mode == "hardware":
         raise SpecError("run spec: fault: only emulated GPUs can be told to fail")
+    for field in ("segments", "checkpoint_s"):
+        if getattr(spec.record, field) and spec.mode != "virtual":
+            raise SpecError(f"run spec: record.{field}: only for virtual runs, not {spec.mode}")
+    if spec.record.segments and spec.cluster.elastic:
+        raise SpecError("run spec: record.segments: not with cluster.elastic")
     if spec.control.lease_s < 3 * spec.control.sample_period_s:
         raise SpecError(
             f"run spec: control.lease_s = {spec.control.lease_s} must be at least three times "
