@@ -44,9 +44,12 @@ class RowPowerCap:
         """Cap rows above their trip level, uncap rows that have long been quiet."""
         gpus, rows = view.gpus, view.rows
         draws_w = np.bincount(gpus.row, gpus.draw_w(view.now_s, self.stale_s), len(rows.name))
+        # GPUs of each row, found at once: looking for each anew is rows times GPUs.
+        ends = np.bincount(gpus.row, minlength=len(rows.name)).cumsum()
+        members_of = np.split(np.argsort(gpus.row, kind="stable"), ends[:-1])
         commands: list[Command] = []
         for row, (name, budget_w) in enumerate(zip(rows.name, rows.budget_w, strict=True)):
-            members = np.flatnonzero(gpus.row == row)
+            members = members_of[row]
             draw_w = draws_w[row]
             if draw_w >= self.release * budget_w:
                 self._quiet_since_s.pop(row, None)
