@@ -25,7 +25,6 @@ import ctypes
 import gc
 import heapq
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -216,7 +215,6 @@ class LiveScheduler(_Heap):
         What comes in is entered and acts later, as ever.
         """
         if self.wall_s() - self._polled_s > self._DEAF_S:
-            os.sched_yield()  # with real-time priority, I/O threads would not get this core else
             self._poll(0.0)
             self._polled_s = self.wall_s()
 

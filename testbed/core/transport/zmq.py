@@ -327,6 +327,7 @@ class ZmqHub:
 
     def poll(self, timeout_s: float) -> None:
         """Deliver what has arrived, waiting up to ``timeout_s`` for the first."""
+        os.sched_yield()  # I/O threads of the same real-time priority would not get this core else
         if not self._io.wait(timeout_s):
             return
         control = _DRAIN_MESSAGES
