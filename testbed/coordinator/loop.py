@@ -1048,6 +1048,11 @@ class Coordinator:
 
     def tick(self, now_s: float) -> None:
         """Renew leases, notice silence, and write down the draw of each row."""
+        self.renew(now_s)
+        self.account(now_s)
+
+    def renew(self, now_s: float) -> None:
+        """Renew leases, and notice silence."""
         control = self.spec.control
         beat = now_s - self._beat_s >= self._beat_period_s
         if beat:
@@ -1063,6 +1068,9 @@ class Coordinator:
                     continue
             if beat and now_s - node.lease_sent_s >= 1.0:  # else a lease has said the same
                 self._hub.send(node.name, Heartbeat(), now_s)
+
+    def account(self, now_s: float) -> None:
+        """Write down the draw of each row, and now and then what became of requests."""
         self._record_rows(now_s)
         if self._sums and now_s - self._totals_s >= TOTALS_PERIOD_S - 1e-9:
             self._record_totals(now_s)
