@@ -593,17 +593,8 @@ class _Generator:
                 tick += 1
                 continue
             self._advance()
-            packed = memoryview(self.readings.tobytes())
-            for first in range(0, len(nodes), NODES_PER_ROW):
-                os.sched_yield()
-                self._poll(0.0)  # answers do not wait behind reports
-                if self.stopped:
-                    break
-                if self.job.merged:
-                    self._send_merged(first, t_s, tick + 1, packed)
-                else:
-                    self._send_each(templates, first, t_s, tick + 1, packed)
             tick += 1
+            self._send(templates, t_s, tick)
         self._poll(0.2)
         print(
             json.dumps(
@@ -649,6 +640,19 @@ class _Generator:
         readings["power_avg_w"] = self.draw_w
         readings["energy_j"] += draw_w * self.period_s
 
+    def _send(self, templates: list[_Template], t_s: float, number: int) -> None:
+        """Every node's report of an instant."""
+        packed = memoryview(self.readings.tobytes())
+        for first in range(0, len(self.job.nodes), NODES_PER_ROW):
+            os.sched_yield()
+            self._poll(0.0)  # answers do not wait behind reports
+            if self.stopped:
+                break
+            if self.job.merged:
+                self._send_merged(first, t_s, number, packed)
+            else:
+                self._send_each(templates, first, t_s, number, packed)
+
     def _send_each(
         self, templates: list[_Template], first: int, t_s: float, number: int, packed: memoryview
     ) -> None:
@@ -687,5 +691,9 @@ def _key(path: Path) -> tuple[bytes, bytes | None]:
 
 if __name__ == "__main__":
     the_job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=_Job)
-    with at_realtime(sys.stderr.write) if the_job.realtime else contextlib.nullcontext():
+    with (
+        at_realtime(lambda text: print(text, file=sys.stderr))
+        if the_job.realtime
+        else contextlib.nullcontext()
+    ):
         _Generator(the_job).run()

@@ -72,7 +72,9 @@ def run_live(
     wire = _Wire(loop)
     with contextlib.ExitStack() as stack:
         if spec.control.realtime:
-            stack.enter_context(realtime(partial(parts.records.event, 0.0, "warning", "coordinator", "realtime")))
+            stack.enter_context(
+                realtime(partial(parts.records.event, 0.0, "warning", "coordinator", "realtime"))
+            )
         hub = ZmqHub(bind, deliver, spec.transport.delay_s, now_s=loop.wall_s, curve=curve)
         stack.callback(hub.close)
         names = spec.node_names()
