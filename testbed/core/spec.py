@@ -80,6 +80,12 @@ class ClassSpec(_Table, frozen=True):
     """Weight of the class when the workload assigns classes; see also ``images``."""
     images: Literal["any", "only", "never"] = "any"
     """Which requests may fall into it: those with images, those without, or both."""
+    prompt_min_tokens: Annotated[int, Meta(ge=0)] = 0
+    prompt_max_tokens: Annotated[int, Meta(ge=0)] = 1 << 31
+    """Bounds on the text prompt of its requests, both included."""
+    output_min_tokens: Annotated[int, Meta(ge=0)] = 0
+    output_max_tokens: Annotated[int, Meta(ge=0)] = 1 << 31
+    """Bounds on their output, both included."""
     ttft_s: Positive = 2.0
     tpot_s: Positive = 0.1
 
