@@ -73,6 +73,11 @@ class Arranging:
         words = self._words.get(node)
         return min(words, key=lambda policy: (self._rank[policy], policy)) if words else -1
 
+    def how(self, node: int) -> StartHow:
+        """How the layout that holds for a node is to be started."""
+        winner = self.winner(node)
+        return self._words[node][winner][1] if winner >= 0 else "snapshot"
+
     def settle(self, node: Node) -> StartHow | None:
         """Make the word that holds the node's layout; how to start, or None if nothing changes."""
         winner = self.winner(node.index)

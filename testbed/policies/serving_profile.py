@@ -1,4 +1,4 @@
-"""What an instance draws and how long its requests wait, by class of request, shape, clock and load.
+"""What an instance draws and how long its requests wait, by class, shape, clock and load.
 
 A table made by sweeping a device (`testbed.profiling` sweeps the emulated one) and read by policies
 that plan with it. Loads are requests per second of one class on one instance; latencies are the

@@ -26,6 +26,7 @@ from typing import Literal
 
 import numpy as np
 
+from testbed.core.view import Floats, Ints
 from testbed.policies import (
     Command,
     LockClocks,
@@ -37,7 +38,7 @@ from testbed.policies import (
     Squash,
     View,
 )
-from testbed.policies.dynamollm.capacity import Capacity, Card, Shapes, Slack
+from testbed.policies.dynamollm.capacity import COUNTS, Capacity, Card, Shapes, Slack
 from testbed.policies.dynamollm.classes import CLASSES, Predictor, larger
 from testbed.policies.dynamollm.cluster import ALL, Mix, nodes_for, spread
 from testbed.policies.dynamollm.forecast import Forecast
@@ -49,6 +50,7 @@ _SMOOTH = 0.4
 """Weight of the last step in an instance's load."""
 _FULLER = 1.1
 """How far above its planned load the router fills an instance before it looks elsewhere."""
+_LAST = COUNTS - 1
 _SHORT_STEPS = 12
 """Steps of the instance manager that a burst must last to count as load: a minute."""
 
@@ -144,21 +146,23 @@ class DynamoLLM:
         self._slack = Slack(ttft_slack, tpot_slack)
         self._template = (list(template_rps), template_window_s)
         self._predictor = Predictor(predictor_error, seed)
-        self._next_cluster_s = self._next_pool_s = -math.inf
-        self._began = False
-        self._shape: dict[int, Shape] = {}
-        self._asked: dict[int, tuple[int, Shape]] = {}
-        self._waiting: list[int] = []
+        self._began = self._grown = False
+        self._epoch = 0
+        self._next_pool_s = -math.inf
+        self._wanted: dict[str, int] = {}
+        self._want: dict[int, tuple[str, Shape]] = {}
+        self._said: dict[int, tuple[str, Shape]] = {}
         self._routes: dict[str, list[_Entry]] = {}
         self._trouble: dict[int, int] = {}
-        self._clock: dict[int, int] = {}
+        self._locked: dict[int, float] = {}
 
     def learn(self, profile: ServingProfile) -> None:
         """Take the profile that plans are made with."""
         self._capacity = Capacity(profile, self._slack)
         self._top = len(profile.clocks_mhz) - 1
         self._shares = np.array([profile.shares[profile.classes.index(n)] for n in self.names])
-        self._weights = [1.0 / self._capacity.node_rps[name] for name in self.names]
+        node_rps = [self._capacity.node_rps[name] for name in self.names]
+        self._weights = [1.0 / rps if rps else 0.0 for rps in node_rps]
         self._class_index = {name: place for place, name in enumerate(self.names)}
         template_rps, window_s = self._template
         self._forecast = Forecast(
@@ -231,36 +235,206 @@ class DynamoLLM:
         else:
             self._forecast.add(np.array(self._arrived))
         self._arrived = [0.0] * len(self.names)
-        commands: list[Command] = []
-        if now_s >= self._next_cluster_s - 1e-9:
-            self._provision(now_s, view)
-            late = now_s - self._epoch_s(now_s)
-            commands += self._lend(keep=self.lead_s > 0 and late < -1e-9)
+        self._manage_cluster(now_s)
         if now_s >= self._next_pool_s - 1e-9:
             self._next_pool_s = now_s + self.pool_period_s
-            self._reshape(now_s)
-        commands += self._apply()
-        commands += self._tune(view)
-        return commands
+            self._manage_pools(now_s)
+        return self._layouts() + self._manage_instances(view)
 
     def _begin(self, view: View) -> None:
-        self._began = True
-        self._nodes = sorted(set(view.gpus.node.tolist()))
-        self._gpus_per_node = int(np.bincount(view.gpus.node)[0])
-        self._sent = np.zeros(len(view.instances.name))
-        self._load = np.zeros(len(view.instances.name))
-        self._pools = {
-            name: _Pool(name, view.pools.index(name)) for name in self.names if name in view.pools
-        }
         missing = [name for name in self.names if name not in view.pools]
         if missing:
             raise ValueError(f"the run file has no pool named {', '.join(missing)}")
+        self._began = True
+        self._pools = {name: _Pool(name, view.pools.index(name)) for name in self.names}
+        self._by_index = {pool.index: pool for pool in self._pools.values()}
+        self._free = sorted(set(view.gpus.node.tolist()))
+        self._gpus_per_node = int(np.bincount(view.gpus.node)[0])
+        self._sent = np.zeros(len(view.instances.name))
+        self._load = np.zeros(len(view.instances.name))
 
-    # Cluster manager.
+    # Cluster manager: which pool has how many nodes.
 
-    def _epoch_s(self, now_s: float) -> float:
-        """Start of the epoch that is being planned for."""
-        return self._planned_epoch * self.cluster_period_s
+    def _manage_cluster(self, now_s: float) -> None:
+        """Grow ``lead_s`` before an epoch, shrink when it begins."""
+        epoch_s = self._epoch * self.cluster_period_s
+        if now_s >= epoch_s - self.lead_s - 1e-9 and not self._grown:
+            self._grown = True
+            self._wanted = self._nodes_wanted(epoch_s, now_s)
+            grown = {
+                name: max(self._wanted.get(name, 0), len(pool.nodes))
+                for name, pool in self._pools.items()
+            }
+            self._lend(grown, now_s)
+        if now_s >= epoch_s - 1e-9:
+            self._lend(self._wanted, now_s)
+            self._epoch += 1
+            self._grown = False
 
-    def _provision(self, now_s: float, view: View) -> None:
-        ...
+    def _nodes_wanted(self, epoch_s: float, now_s: float) -> dict[str, int]:
+        if self.instances:
+            rps = self._forecast.usual_rps(epoch_s, epoch_s + self.cluster_period_s)
+            rps = np.maximum(rps, self._forecast.recent_rps(self.pool_period_s))
+        else:
+            if self._epoch:
+                return {name: len(pool.nodes) for name, pool in self._pools.items()}
+            rps = self._forecast.peak_rps() * self.peak_factor
+        load = self._in_nodes(rps * (1.0 + self.headroom_frac))
+        count = len(self._free) + sum(len(pool.nodes) for pool in self._pools.values())
+        if not load:  # nothing is known yet: all nodes, by what classes usually need
+            usual = self._in_nodes(self._shares)
+            load = {name: value * count / sum(usual.values()) for name, value in usual.items()}
+        nodes = nodes_for(load)
+        while sum(nodes.values()) > count:
+            nodes[max(nodes, key=lambda name: nodes[name])] -= 1
+        return nodes
+
+    def _in_nodes(self, rps: Floats) -> Mix:
+        """Rates of the classes as loads, those that are not zero."""
+        loads = zip(self.names, (rps * self._weights).tolist(), strict=True)
+        return {name: load for name, load in loads if load > 0}
+
+    def _lend(self, wanted: dict[str, int], now_s: float) -> None:
+        """Move nodes between pools, from those with too many; what nobody wants is given back."""
+        spare: list[int] = []
+        for name, pool in self._pools.items():
+            while len(pool.nodes) > wanted.get(name, 0):
+                spare.append(pool.nodes.pop())
+        changed = bool(spare)
+        for name, pool in self._pools.items():
+            while len(pool.nodes) < wanted.get(name, 0) and (spare or self._free):
+                node = spare.pop(0) if spare else self._free.pop(0)
+                shape = self._want[node][1] if node in self._want else ()
+                self._want[node] = (name, shape or (self._gpus_per_node,))
+                pool.nodes.append(node)
+                changed = True
+        for node in spare:
+            self._want[node] = ("", ())
+        self._free = sorted([*self._free, *spare])
+        if changed:
+            self._next_pool_s = now_s
+
+    # Pool manager: how a pool's GPUs are cut into instances.
+
+    def _manage_pools(self, now_s: float) -> None:
+        rps = self._forecast.usual_rps(now_s, now_s + self.pool_period_s)
+        for span_s in (self.pool_period_s, _SHORT_STEPS * self.period_s):
+            rps = np.maximum(rps, self._forecast.recent_rps(span_s))
+        load = self._in_nodes(rps * (1.0 + self.headroom_frac))
+        mixes = spread(load, {name: len(pool.nodes) for name, pool in self._pools.items()})
+        allowed = self._capacity.profile.tps if self.sharding else (self._gpus_per_node,)
+        use_all = not (self.instances and self.sharding)
+        for name, mix in mixes.items():
+            pool = self._pools[name]
+            pool.shapes = self._capacity.of(mix)
+            pool.planned = plan(
+                kinds_of(pool.shapes, allowed, free_clock=self.frequency),
+                len(pool.nodes) * self._gpus_per_node,
+                sum(mix.values()),
+                use_all=use_all,
+                empty_w=self.empty_w,
+            )
+            before = {node: self._want[node][1] for node in pool.nodes}
+            tps = [kind.tp for kind in pool.planned]
+            shapes = fit(tps, before, pool.nodes, gpus_per_node=self._gpus_per_node)
+            for node, shape in shapes.items():
+                self._want[node] = (name, shape)
+
+    def _layouts(self) -> list[Command]:
+        """Tell nodes what changed: in each pool only one node at a time is cut up anew."""
+        commands: list[Command] = []
+        busy: set[str] = set()
+        for node, (name, shape) in sorted(self._want.items()):
+            before = self._said.get(node, ("", ()))
+            if before == (name, shape):
+                continue
+            cut = bool(before[1]) and bool(shape) and before[1] != shape
+            if cut and name in busy:
+                continue
+            if cut:
+                busy.add(name)
+            self._said[node] = (name, shape)
+            commands.append(SetLayout(node, self._placements(name, shape), self.start))
+        return commands
+
+    def _placements(self, name: str, shape: Shape) -> tuple[Placement, ...]:
+        if not shape:
+            return ()
+        index = self._pools[name].index
+        return tuple(
+            Placement(first, tp, index, 0, "native")
+            for first, tp in zip(first_gpus(shape), shape, strict=True)
+        )
+
+    # Instance manager: clocks, what the router may choose, emergencies.
+
+    def _manage_instances(self, view: View) -> list[Command]:
+        self._sent /= self.period_s
+        self._load += _SMOOTH * (self._sent - self._load)
+        self._sent = np.zeros(len(self._load))
+        routes: dict[str, list[_Entry]] = {name: [] for name in self.names}
+        clocks: list[tuple[int, int, int]] = []
+        trouble: dict[int, int] = {}
+        planned = {
+            name: sorted(pool.planned, key=lambda kind: -kind.load)
+            for name, pool in self._pools.items()
+        }
+        columns = view.instances
+        for slot in np.flatnonzero(columns.num_gpus).tolist():
+            pool = self._by_index.get(int(columns.pool[slot]))
+            if pool is None or pool.shapes is None:
+                continue
+            tp = int(columns.num_gpus[slot])
+            place = pool.shapes.tps.index(tp)
+            count = min(int(columns.outstanding_requests[slot]), _LAST)
+            top = pool.shapes.card(place, self._top)
+            load = max(float(self._load[slot]), top.load[count])
+            if self.ladder and columns.num_waiting[slot] and load > top.most:
+                trouble[slot] = self._trouble.get(slot, 0) + 1
+            clock = self._top
+            if self.frequency and trouble.get(slot, 0) < 2:
+                clock = pool.shapes.clock_for(place, load * (1.0 + self.headroom_frac))
+            clocks.append((slot, tp, clock))
+            card = pool.shapes.card(place, clock)
+            kind = next((kind for kind in planned[pool.name] if kind.tp == tp), None)
+            fill = card.most
+            if kind is not None:
+                planned[pool.name].remove(kind)
+                fill = min(fill, _FULLER * kind.load)
+            routes[pool.name].append(_Entry(slot, card, fill, top))
+        self._routes = routes
+        return self._set_clocks(clocks) + self._climb(trouble)
+
+    def _set_clocks(self, clocks: list[tuple[int, int, int]]) -> list[Command]:
+        """Lock the GPUs whose clock is to change."""
+        gpus: list[int] = []
+        values: list[float] = []
+        for slot, tp, clock in clocks:
+            mhz = float(self._capacity.profile.clocks_mhz[clock]) if clock < self._top else 0.0
+            for gpu in range(slot, slot + tp):
+                if self._locked.get(gpu, 0.0) != mhz:
+                    self._locked[gpu] = mhz
+                    gpus.append(gpu)
+                    values.append(mhz)
+        return [LockClocks(np.array(gpus), np.array(values))] if gpus else []
+
+    def _climb(self, trouble: dict[int, int]) -> list[Command]:
+        """The ladder: each step in trouble adds a measure. Its second is the highest clock."""
+        calm = np.array(sorted(set(self._trouble) - set(trouble)), dtype=np.int64)
+        self._trouble = trouble
+
+        def at(rung: int) -> Ints:
+            return np.array([s for s, steps in trouble.items() if steps == rung], dtype=np.int64)
+
+        commands: list[Command] = []
+        if len(calm):
+            commands.append(OrderQueue(calm, "arrival", "calm again"))
+        if len(at(1)):
+            commands.append(OrderQueue(at(1), "deadline", "a queue has formed"))
+        stuck = np.array([s for s, steps in trouble.items() if steps >= 3], dtype=np.int64)
+        if len(stuck):
+            commands.append(RecallWaiting(stuck, "it does not clear at the highest clock"))
+        late = np.array([s for s, steps in trouble.items() if steps >= 4], dtype=np.int64)
+        if len(late):
+            commands.append(Squash(late, why="past their deadline"))
+        return commands

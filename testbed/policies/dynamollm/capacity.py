@@ -41,9 +41,9 @@ class Capacity:
         whole, top = len(profile.tps) - 1, len(profile.clocks_mhz) - 1
         shape = (len(profile.classes), len(profile.tps), len(profile.clocks_mhz))
         limits = np.zeros(shape)
-        for place in np.ndindex(shape):
-            limits[place] = profile.limit_rps(
-                *place, ttft_slack=slack.ttft, tpot_slack=slack.tpot
+        for cls, tp, clock in np.ndindex(shape):
+            limits[cls, tp, clock] = profile.limit_rps(
+                cls, tp, clock, ttft_slack=slack.ttft, tpot_slack=slack.tpot
             )
         node_rps = limits[:, whole, top]
         self.node_rps = dict(zip(profile.classes, node_rps.tolist(), strict=True))
@@ -64,12 +64,12 @@ class Capacity:
             most = 1.0 / (weight[:, None, None] / limits).sum(axis=0)
         loads = np.linspace(0.0, 1.0, STEPS)
         power_w, running = np.zeros((2, *most.shape, STEPS))
-        for place in np.ndindex(most.shape):
-            at = loads * most[place]
+        for tp, clock in np.ndindex(most.shape):
+            at = loads * most[tp, clock]
             for share, cls in zip(weight, index, strict=True):
                 rps = at * self.node_rps[self.profile.classes[cls]]
-                power_w[place] += share * self.profile.power_at_w(cls, *place, rps)
-                running[place] += share * self.profile.running_at(cls, *place, rps)
+                power_w[tp, clock] += share * self.profile.power_at_w(cls, tp, clock, rps)
+                running[tp, clock] += share * self.profile.running_at(cls, tp, clock, rps)
         return Shapes(self.profile.tps, self.profile.clocks_mhz, most, power_w, running)
 
 
@@ -122,7 +122,7 @@ class Shapes:
     def _make_card(self, tp: int, clock: int) -> Card:
         most = float(self.most[tp, clock])
         loads, running = _GRID * most, self.running[tp, clock]
-        counts = np.arange(_COUNTS)
+        counts = np.arange(COUNTS)
         rising = running + 1e-9 * np.arange(STEPS)
         load = np.interp(counts, rising, loads)
         beyond = counts > rising[-1]
@@ -132,7 +132,7 @@ class Shapes:
 
 
 _GRID = np.linspace(0.0, 1.0, STEPS)
-_COUNTS = 600
+COUNTS = 600
 """Requests in flight on an instance that cards go up to."""
 
 

@@ -35,12 +35,11 @@ def fit(
                 kept[node].append(tp)
     for tp, count in wanted.items():
         for _ in range(count):
-            node = _roomiest(kept, tp, gpus_per_node)
-            if node is None:
-                node = _emptied(kept, tp, gpus_per_node)
-            if node is None:
-                continue
-            kept[node].append(tp)
+            place = _roomiest(kept, tp, gpus_per_node)
+            if place is None:
+                place = _emptied(kept, tp, gpus_per_node)
+            if place is not None:
+                kept[place].append(tp)
     return {node: tuple(sorted(kept[node], reverse=True)) for node in nodes}
 
 
