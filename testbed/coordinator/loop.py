@@ -357,6 +357,7 @@ class Coordinator:
     def _on_returned(self, node: Node, returned: Returned, t_s: float, now_s: float) -> None:
         """An instance has given requests up: send them elsewhere, or let them end."""
         self._records.moves(t_s, returned, node.instances.start)
+        back = []
         for request_id, local, output_tokens, why in zip(
             returned.request_id,
             returned.instance,
@@ -373,6 +374,8 @@ class Coordinator:
             self._take_back(entry)
             entry.returns += 1
             entry.done_tokens += output_tokens
+            back.append(entry)
+        for entry in back:  # once all are off the account of where they were
             self._route(entry, now_s)
         self._release_held(now_s)
 
@@ -403,7 +406,8 @@ class Coordinator:
             if entry is None or not node.instances.start <= entry.instance < node.instances.stop:
                 continue  # of an attempt that was given up
             if event == "first_token":
-                entry.first_token_s, entry.first_token_seen_s = t_s, seen_s
+                if not entry.done_tokens:  # else the first of its rest
+                    entry.first_token_s, entry.first_token_seen_s = t_s, seen_s
             elif event == "finished":
                 self._end(entry, "completed", t_s, seen_s, preemptions)
                 freed = True

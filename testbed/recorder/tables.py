@@ -95,7 +95,7 @@ _UNITS = {
     "priority": "rank",
     "throttle": "mask of NVML clocks event reasons",
     "bin": "index of an ITL bin",
-    "value": "W, MHz, bytes, or 0 and 1, by kind; a placement by tables.placement_code",
+    "value": "W, MHz, bytes, or 0 and 1, by kind",
     "model": "index in model_index",
     "state": "0 off, 1 starting, 2 up, 3 draining",
     "request_id": "identifier",
@@ -380,6 +380,21 @@ def placement_code(placement: Placement) -> float:
     code = placement.first_gpu * 10 + placement.tp
     code = (code * 1000 + placement.pool) * 1000 + placement.model
     return float(code * 10 + PRECISIONS.index(placement.precision))
+
+
+def placement_words(code: float) -> str:
+    """What `placement_code` says, for people.
+
+    >>> placement_words(420070011.0), placement_words(0.0), placement_words(-1.0)
+    ('tp2 fp8 at GPU 4, model 1, pool 7', 'nothing', 'no more to say')
+    """
+    if code <= 0:
+        return "nothing" if code == 0 else "no more to say"
+    rest, precision = divmod(int(code), 10)
+    rest, model = divmod(rest, 1000)
+    rest, pool = divmod(rest, 1000)
+    first, tp = divmod(rest, 10)
+    return f"tp{tp} {PRECISIONS[precision]} at GPU {first}, model {model}, pool {pool}"
 
 
 def flatten(command: Command) -> Flat:

@@ -4,7 +4,7 @@ from testbed.policies import Command, Placement, SetLayout, View
 
 
 class Plan:
-    """At 3 s out to node 1; at 7 s TP8 to 2 x TP4; at 11 s back; at 14 s a smaller model; 18 s in."""
+    """3 s: out to node 1; 7 s: TP8 to 2 x TP4; 11 s: back; 14 s: a smaller model; 18 s: in."""
 
     period_s = 1.0
 
