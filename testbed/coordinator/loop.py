@@ -317,10 +317,10 @@ class Coordinator:
             fresh = self._limit_w[node.gpus] == 0
             self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
             self._lease(node, now_s)
+            self._tune_again(node, now_s)
             if report.slots.layout_sequence < node.layout_sequence:  # said before it was here
                 how = self._arranging.how(node.index)
                 self._hub.send(node.name, Arrange(node.layout_sequence, node.configs, how), now_s)
-            self._tune_again(node, now_s)
             self._refresh_up(node)
             self._release_held(now_s)
         elif newly_lost:

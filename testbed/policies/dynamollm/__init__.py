@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 
-from testbed.core.view import Floats, Ints
+from testbed.core.view import STARTING, Floats, Ints
 from testbed.policies import (
     Command,
     LockClocks,
@@ -46,11 +46,13 @@ from testbed.policies.dynamollm.layout import Shape, first_gpus, fit
 from testbed.policies.dynamollm.pool import Kind, kinds_of, plan
 from testbed.policies.serving_profile import ServingProfile, Sweep
 
-_SMOOTH = 0.4
-"""Weight of the last step in an instance's load."""
+_MEMORY_S = 10.0
+"""Over how long the router remembers what it sent to an instance."""
 _FULLER = 1.1
 """How far above its planned load the router fills an instance before it looks elsewhere."""
 _LAST = COUNTS - 1
+_EMPTY: tuple[str, Shape] = ("", ())
+"""A node without a pool."""
 _SHORT_STEPS = 12
 """Steps of the instance manager that a burst must last to count as load: a minute."""
 
@@ -186,13 +188,25 @@ class DynamoLLM:
             name = self._predictor.class_of(request.prompt_tokens, request.output_tokens)
         place = self._class_index[name]
         self._arrived[place] += 1.0
-        chosen = self._choose(name, view)
+        weight = self._weights[place] / _MEMORY_S
+        chosen = self._choose(name, weight, view)
         if chosen is not None:
-            self._sent[chosen] += self._weights[place]
+            self._sent[chosen] = self._sent_load(chosen, view.now_s) + weight
+            self._sent_s[chosen] = view.now_s
         return chosen
 
-    def _choose(self, name: str, view: View) -> int | None:
+    def _sent_load(self, slot: int, now_s: float) -> float:
+        """Load that was sent to an instance lately, in nodes: a mean that forgets."""
+        return self._sent[slot] * math.exp((self._sent_s[slot] - now_s) / _MEMORY_S)
+
+    def _choose(self, name: str, weight: float, view: View) -> int | None:
+        """The best instance, by what is in flight on it or was sent there, whichever is more.
+
+        What is in flight says how full an instance is, but long after it was sent too much: a
+        long answer is in flight for many times the period of the instance manager.
+        """
         up, running = view.instances.up, view.instances.outstanding_requests
+        now_s = view.now_s
         fallback, crowded = -1, math.inf
         for pool in (name, *(larger(name) if name != ALL else ())):
             best, least_w = -1, math.inf
@@ -202,11 +216,14 @@ class DynamoLLM:
                     continue
                 count = min(int(running[slot]) + 1, _LAST)
                 card = entry.card
-                if card.load[count] <= entry.fill:
-                    if card.slope_w[count] < least_w:
-                        best, least_w = slot, card.slope_w[count]
+                sent = self._sent_load(slot, now_s) + weight
+                load = max(card.load[count], sent)
+                if load <= entry.fill:
+                    slope_w = card.slope_at_w(load)
+                    if slope_w < least_w:
+                        best, least_w = slot, slope_w
                 elif best < 0:
-                    share = entry.top.load[count] / max(entry.top.most, 1e-9)
+                    share = max(entry.top.load[count], sent) / max(entry.top.most, 1e-9)
                     if share < crowded:
                         fallback, crowded = slot, share
             if best >= 0:
@@ -239,7 +256,7 @@ class DynamoLLM:
         if now_s >= self._next_pool_s - 1e-9:
             self._next_pool_s = now_s + self.pool_period_s
             self._manage_pools(now_s)
-        return self._layouts() + self._manage_instances(view)
+        return self._layouts(view) + self._manage_instances(view)
 
     def _begin(self, view: View) -> None:
         missing = [name for name in self.names if name not in view.pools]
@@ -250,8 +267,8 @@ class DynamoLLM:
         self._by_index = {pool.index: pool for pool in self._pools.values()}
         self._free = sorted(set(view.gpus.node.tolist()))
         self._gpus_per_node = int(np.bincount(view.gpus.node)[0])
-        self._sent = np.zeros(len(view.instances.name))
-        self._load = np.zeros(len(view.instances.name))
+        self._sent = [0.0] * len(view.instances.name)
+        self._sent_s = [0.0] * len(view.instances.name)
 
     # Cluster manager: which pool has how many nodes.
 
@@ -340,22 +357,52 @@ class DynamoLLM:
             for node, shape in shapes.items():
                 self._want[node] = (name, shape)
 
-    def _layouts(self) -> list[Command]:
-        """Tell nodes what changed: in each pool only one node at a time is cut up anew."""
+    def _layouts(self, view: View) -> list[Command]:
+        """Tell nodes what changes: first what adds instances, last what takes them away.
+
+        In each pool one node at a time is cut up anew, and nothing is given back before all that
+        is to come is up: the pool never has less than the smaller of its two plans.
+        """
+        todo: dict[str, list[int]] = {}
+        for node, want in self._want.items():
+            before = self._said.get(node, _EMPTY)
+            if want != before:
+                todo.setdefault(want[0] or before[0], []).append(node)
+        columns = view.instances
+        coming = {
+            self._by_index[int(columns.pool[slot])].name
+            for slot in np.flatnonzero(columns.state == STARTING).tolist()
+        }
         commands: list[Command] = []
-        busy: set[str] = set()
-        for node, (name, shape) in sorted(self._want.items()):
-            before = self._said.get(node, ("", ()))
-            if before == (name, shape):
-                continue
-            cut = bool(before[1]) and bool(shape) and before[1] != shape
-            if cut and name in busy:
-                continue
-            if cut:
-                busy.add(name)
-            self._said[node] = (name, shape)
-            commands.append(SetLayout(node, self._placements(name, shape), self.start))
+        for name, nodes in todo.items():
+            grow = [node for node in nodes if self._grows(node)]
+            cut = [node for node in nodes if node not in grow and self._want[node][1]]
+            if cut:  # the one that changes most
+                cut = [max(cut, key=lambda node: (self._changed(node), -node))]
+            now = grow + cut
+            if not now and name not in coming:
+                now = nodes
+            for node in sorted(now):
+                self._said[node] = self._want[node]
+                commands.append(SetLayout(node, self._placements(*self._want[node]), self.start))
         return commands
+
+    def _grows(self, node: int) -> bool:
+        """Everything that is there stays, whatever comes beside it."""
+        left = list(self._want[node][1])
+        for tp in self._said.get(node, _EMPTY)[1]:
+            if tp not in left:
+                return False
+            left.remove(tp)
+        return True
+
+    def _changed(self, node: int) -> int:
+        """GPUs of instances that leave or come."""
+        want, said = list(self._want[node][1]), self._said.get(node, _EMPTY)[1]
+        for tp in said:
+            if tp in want:
+                want.remove(tp)
+        return sum(want) + max(0, sum(said) - sum(self._want[node][1]))
 
     def _placements(self, name: str, shape: Shape) -> tuple[Placement, ...]:
         if not shape:
@@ -369,9 +416,6 @@ class DynamoLLM:
     # Instance manager: clocks, what the router may choose, emergencies.
 
     def _manage_instances(self, view: View) -> list[Command]:
-        self._sent /= self.period_s
-        self._load += _SMOOTH * (self._sent - self._load)
-        self._sent = np.zeros(len(self._load))
         routes: dict[str, list[_Entry]] = {name: [] for name in self.names}
         clocks: list[tuple[int, int, int]] = []
         trouble: dict[int, int] = {}
@@ -388,7 +432,7 @@ class DynamoLLM:
             place = pool.shapes.tps.index(tp)
             count = min(int(columns.outstanding_requests[slot]), _LAST)
             top = pool.shapes.card(place, self._top)
-            load = max(float(self._load[slot]), top.load[count])
+            load = max(self._sent_load(slot, view.now_s), top.load[count])
             if self.ladder and columns.num_waiting[slot] and load > top.most:
                 trouble[slot] = self._trouble.get(slot, 0) + 1
             clock = self._top

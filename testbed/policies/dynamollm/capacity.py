@@ -128,7 +128,7 @@ class Shapes:
         beyond = counts > rising[-1]
         load[beyond] = most * counts[beyond] / max(rising[-1], 1e-6)
         slope_w = np.gradient(self.power_w[tp, clock], loads) if most else np.full(STEPS, np.inf)
-        return Card(load.tolist(), np.interp(load, loads, slope_w).tolist(), most)
+        return Card(load.tolist(), slope_w.tolist(), most)
 
 
 _GRID = np.linspace(0.0, 1.0, STEPS)
@@ -138,10 +138,15 @@ COUNTS = 600
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """An instance as the router sees it, by its number of requests in flight."""
+    """An instance as the router sees it."""
 
     load: list[float]
-    """Load in nodes that so many requests in flight stand for."""
+    """By number of requests in flight: load in nodes that so many requests in flight stand for."""
     slope_w: list[float]
-    """Power that another node's worth of load would add."""
+    """Power that another node's worth of load would add, over shares of ``most``."""
     most: float
+    """Highest load within the limits."""
+
+    def slope_at_w(self, load: float) -> float:
+        """Power that another node's worth of load would add at a load up to ``most``."""
+        return self.slope_w[min(STEPS - 1, int(load / self.most * (STEPS - 1)))]
