@@ -37,7 +37,7 @@ from testbed.workloads import open_workload
 ALL = "all"
 """The mix of all classes, as it comes."""
 LOADS = np.array([0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
-REQUESTS = 800
+REQUESTS = 600
 """Requests of each class and shape at 35 % of saturation; others in proportion to their load."""
 _SAMPLE = 20_000
 """Requests of the workload that lengths are drawn from."""
@@ -116,7 +116,7 @@ def make_profile(spec: RunSpec, sweep: Sweep) -> ServingProfile:
     tps = tuple(tp for tp in sweep.tps if tp <= spec.cluster.gpus_per_node)
     clocks_mhz = np.unique(np.append(np.minimum(sweep.clocks_mhz, gpu.sm_clock_max_mhz),
                                      gpu.sm_clock_max_mhz))  # fmt: skip
-    lengths = class_lengths(spec)
+    lengths = class_lengths(spec, sweep)
     shape = (len(lengths), len(tps), len(clocks_mhz), len(LOADS))
     power_w, ttft, tpot, running = (np.zeros(shape) for _ in range(4))
     saturation_rps = np.zeros(shape[:2])
@@ -140,10 +140,10 @@ def make_profile(spec: RunSpec, sweep: Sweep) -> ServingProfile:
     )
 
 
-def class_lengths(spec: RunSpec) -> dict[str, _Lengths]:
-    """Lengths of each class in the run's workload (as its history would show them), and of the mix.
+def class_lengths(spec: RunSpec, sweep: Sweep) -> dict[str, _Lengths]:
+    """Lengths of each class, and mix, in the run's workload (as its history would show them).
 
-    A class that the sample has nothing of gets the mix's requests cut to its bounds.
+    A class that the sample has nothing of gets all requests cut to its bounds.
     """
     endless = open_workload(spec.workload, spec.slo_class, seed=0, duration_s=1e9)
     sample = list(islice(endless, _SAMPLE))
@@ -156,6 +156,9 @@ def class_lengths(spec: RunSpec) -> dict[str, _Lengths]:
     for name, some in found.items():
         if not len(some.prompt):
             found[name] = _cut(mixed, by_name[name])
+    for name, members in sweep.mixes:
+        chosen = [request for request in sample if request.slo_class in members]
+        found[name] = _lengths(sample, chosen, by_name) if chosen else found[members[-1]]
     return {**found, ALL: mixed}
 
 

@@ -32,6 +32,8 @@ class Sweep(NamedTuple):
 
     tps: tuple[int, ...] = (2, 4, 8)
     clocks_mhz: tuple[float, ...] = (800.0, 1000.0, 1200.0, 1400.0, 1600.0, 1800.0, 1980.0)
+    mixes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Mixes to be swept beside the classes: a name, and classes at their usual shares."""
 
 
 class Learner(Protocol):
@@ -49,9 +51,9 @@ class ServingProfile:
     """The table; arrays are indexed ``[class, tp, clock, load]``."""
 
     classes: tuple[str, ...]
-    """Names of service classes; the last may be ``all``, their mix."""
+    """Names of service classes, of the sweep's mixes, and last ``all``, the mix of all classes."""
     shares: Floats
-    """Share of all requests that each class has had."""
+    """Share of all requests that each class, or mix, has had."""
     tps: tuple[int, ...]
     clocks_mhz: Floats
     """Ascending; the last is the highest of the GPU."""

@@ -39,8 +39,8 @@ from testbed.policies import (
     View,
 )
 from testbed.policies.dynamollm.capacity import COUNTS, Capacity, Card, Shapes, Slack
-from testbed.policies.dynamollm.classes import CLASSES, Predictor, larger
-from testbed.policies.dynamollm.cluster import ALL, Mix, nodes_for, spread
+from testbed.policies.dynamollm.classes import ALL, CLASSES, MIXES, Predictor, larger
+from testbed.policies.dynamollm.cluster import Mix, nodes_for, spread
 from testbed.policies.dynamollm.forecast import Forecast
 from testbed.policies.dynamollm.layout import Shape, first_gpus, fit
 from testbed.policies.dynamollm.pool import Kind, kinds_of, plan
@@ -88,6 +88,7 @@ class DynamoLLM:
         instances: nodes follow the predicted load; else they are provisioned for the peak.
         sharding: the pool manager may use 2 and 4 GPUs per instance.
         frequency: the instance manager may lower clocks.
+        saving: the router looks for the least power; else for the least load.
         ladder: emergency measures.
         predictor_error: share of requests whose output class is mispredicted.
         headroom_frac: capacity beyond the predicted load.
@@ -102,7 +103,7 @@ class DynamoLLM:
         seed: of the predictor's errors.
     """
 
-    sweep = Sweep()
+    sweep = Sweep(mixes=MIXES)
 
     def __init__(
         self,
@@ -111,6 +112,7 @@ class DynamoLLM:
         instances: bool = True,
         sharding: bool = True,
         frequency: bool = True,
+        saving: bool = True,
         ladder: bool = True,
         predictor_error: float = 0.0,
         headroom_frac: float = 0.1,
@@ -139,7 +141,7 @@ class DynamoLLM:
         if headroom_frac < 0 or peak_factor <= 0 or ttft_slack <= 0 or tpot_slack <= 0:
             raise ValueError("headroom_frac must be >= 0, peak_factor and slacks above 0")
         self.instances, self.sharding = instances, sharding
-        self.frequency, self.ladder = frequency, ladder
+        self.frequency, self.saving, self.ladder = frequency, saving, ladder
         self.headroom_frac, self.peak_factor = headroom_frac, peak_factor
         self.period_s, self.pool_period_s = period_s, pool_period_s
         self.cluster_period_s, self.lead_s, self.start = cluster_period_s, lead_s, start
@@ -193,6 +195,7 @@ class DynamoLLM:
         if chosen is not None:
             self._sent[chosen] = self._sent_load(chosen, view.now_s) + weight
             self._sent_s[chosen] = view.now_s
+            self._step_sent[chosen] += self._weights[place]
         return chosen
 
     def _sent_load(self, slot: int, now_s: float) -> float:
@@ -218,7 +221,7 @@ class DynamoLLM:
                 card = entry.card
                 sent = self._sent_load(slot, now_s) + weight
                 load = max(card.load[count], sent)
-                if load <= entry.fill:
+                if self.saving and load <= entry.fill:
                     slope_w = card.slope_at_w(load)
                     if slope_w < least_w:
                         best, least_w = slot, slope_w
@@ -269,6 +272,8 @@ class DynamoLLM:
         self._gpus_per_node = int(np.bincount(view.gpus.node)[0])
         self._sent = [0.0] * len(view.instances.name)
         self._sent_s = [0.0] * len(view.instances.name)
+        self._step_sent = [0.0] * len(view.instances.name)
+        self._usual = np.zeros(len(view.instances.name))
 
     # Cluster manager: which pool has how many nodes.
 
@@ -301,7 +306,7 @@ class DynamoLLM:
         if not load:  # nothing is known yet: all nodes, by what classes usually need
             usual = self._in_nodes(self._shares)
             load = {name: value * count / sum(usual.values()) for name, value in usual.items()}
-        nodes = nodes_for(load)
+        nodes = nodes_for(load, self._capacity.most_of)
         while sum(nodes.values()) > count:
             nodes[max(nodes, key=lambda name: nodes[name])] -= 1
         return nodes
@@ -338,12 +343,13 @@ class DynamoLLM:
         for span_s in (self.pool_period_s, _SHORT_STEPS * self.period_s):
             rps = np.maximum(rps, self._forecast.recent_rps(span_s))
         load = self._in_nodes(rps * (1.0 + self.headroom_frac))
-        mixes = spread(load, {name: len(pool.nodes) for name, pool in self._pools.items()})
+        nodes = {name: len(pool.nodes) for name, pool in self._pools.items()}
+        mixes = spread(load, nodes, self._capacity.most_of)
         allowed = self._capacity.profile.tps if self.sharding else (self._gpus_per_node,)
         use_all = not (self.instances and self.sharding)
         for name, mix in mixes.items():
             pool = self._pools[name]
-            pool.shapes = self._capacity.of(mix)
+            pool.shapes = self._capacity.of(name, mix)
             pool.planned = plan(
                 kinds_of(pool.shapes, allowed, free_clock=self.frequency),
                 len(pool.nodes) * self._gpus_per_node,
@@ -416,6 +422,8 @@ class DynamoLLM:
     # Instance manager: clocks, what the router may choose, emergencies.
 
     def _manage_instances(self, view: View) -> list[Command]:
+        self._usual += (np.array(self._step_sent) / self.period_s - self._usual) / _SHORT_STEPS
+        self._step_sent = [0.0] * len(self._step_sent)
         routes: dict[str, list[_Entry]] = {name: [] for name in self.names}
         clocks: list[tuple[int, int, int]] = []
         trouble: dict[int, int] = {}
@@ -432,7 +440,8 @@ class DynamoLLM:
             place = pool.shapes.tps.index(tp)
             count = min(int(columns.outstanding_requests[slot]), _LAST)
             top = pool.shapes.card(place, self._top)
-            load = max(self._sent_load(slot, view.now_s), top.load[count])
+            # A lull is no reason to slow down: what comes after it would wait.
+            load = max(self._sent_load(slot, view.now_s), top.load[count], self._usual[slot])
             if self.ladder and columns.num_waiting[slot] and load > top.most:
                 trouble[slot] = self._trouble.get(slot, 0) + 1
             clock = self._top

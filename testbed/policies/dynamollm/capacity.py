@@ -1,9 +1,11 @@
 """What shapes and clocks can do for a pool, in units of a whole node.
 
 A load of 1 is what a node (one instance on all its GPUs) serves of a class at the highest clock
-with every latency inside its limit. In these units loads of different classes add up, and so does
-the mix of a pool that also serves what smaller pools had no node for: capacity is the harmonic mean
-of the classes' by their shares of the load, and power is the weighted mean.
+with every latency inside its limit; in these units loads of different classes add up. A pool that
+also serves what smaller pools had no node for can do less than that: a short request waits behind a
+long one. How much less was measured for each pool with all classes that it covers
+(`classes.MIXES`); in between, capacity is the harmonic mean of the two by how much of the load is
+foreign, and power the mean.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from testbed.core.view import Floats
+from testbed.policies.dynamollm.classes import ALL, CLASSES, MIXES, mix_of
 from testbed.policies.serving_profile import ServingProfile
 
 STEPS = 48
@@ -51,26 +54,55 @@ class Capacity:
         for name, share in zip(profile.classes, profile.shares, strict=True):
             if share > 0 and not self.node_rps[name]:
                 raise ValueError(f"class {name!r} cannot meet its limits on {profile.tps[-1]} GPUs")
-        self._limits = limits / np.maximum(node_rps, 1e-9)[:, None, None]
+        self._limits = limits
+        self._node_of = dict(self.node_rps)
+        """Requests per second that are one node's worth of load, of mixes too."""
+        for name, members in MIXES:
+            if name in profile.classes:
+                shares = {m: float(profile.shares[profile.classes.index(m)]) for m in members}
+                load = sum(share / self.node_rps[m] for m, share in shares.items() if share)
+                total = sum(shares.values())
+                self._node_of[name] = total / load if load else self.node_rps[members[-1]]
 
-    def of(self, mix: Mapping[str, float]) -> Shapes:
-        """Shapes for loads (in nodes) of these classes in one pool."""
-        names = [name for name in mix if mix[name] > 0]
-        index = [self.profile.classes.index(name) for name in names]
-        weight = np.array([mix[name] for name in names])
-        weight = weight / weight.sum()
-        limits = self._limits[index]
+    def of(self, pool: str, mix: Mapping[str, float]) -> Shapes:
+        """Shapes for a pool that serves loads (in nodes) of these classes."""
+        if pool == ALL or pool not in CLASSES:
+            parts = {pool: 1.0}
+        else:
+            total = sum(mix.values())
+            foreign = 1.0 - mix.get(pool, 0.0) / total if total else 0.0
+            usual = self._foreign(pool)
+            mixed = min(1.0, foreign / usual) if usual else 0.0
+            parts = {pool: 1.0 - mixed, mix_of(pool): mixed}
+            parts = {name: part for name, part in parts.items() if part > 0}
+        index = [self.profile.classes.index(name) for name in parts]
+        weight = np.array(list(parts.values()))
+        node_rps = np.array([self._node_of[name] for name in parts])
+        limits = self._limits[index] / np.maximum(node_rps, 1e-9)[:, None, None]
         with np.errstate(divide="ignore"):
             most = 1.0 / (weight[:, None, None] / limits).sum(axis=0)
-        loads = np.linspace(0.0, 1.0, STEPS)
         power_w, running = np.zeros((2, *most.shape, STEPS))
         for tp, clock in np.ndindex(most.shape):
-            at = loads * most[tp, clock]
-            for share, cls in zip(weight, index, strict=True):
-                rps = at * self.node_rps[self.profile.classes[cls]]
-                power_w[tp, clock] += share * self.profile.power_at_w(cls, tp, clock, rps)
-                running[tp, clock] += share * self.profile.running_at(cls, tp, clock, rps)
+            at = _GRID * most[tp, clock]
+            for share, cls, rps in zip(weight, index, node_rps, strict=True):
+                power_w[tp, clock] += share * self.profile.power_at_w(cls, tp, clock, at * rps)
+                running[tp, clock] += share * self.profile.running_at(cls, tp, clock, at * rps)
         return Shapes(self.profile.tps, self.profile.clocks_mhz, most, power_w, running)
+
+    def most_of(self, pool: str, mix: Mapping[str, float]) -> float:
+        """What a whole node of a pool with this mix can do, in nodes: 1 without foreign load."""
+        return float(self.of(pool, mix).most[-1, -1])
+
+    def _foreign(self, pool: str) -> float:
+        """Share of the load that is foreign in the mix that was measured."""
+        members = dict(MIXES).get(mix_of(pool), ())
+        loads = {
+            m: float(self.profile.shares[self.profile.classes.index(m)]) / self.node_rps[m]
+            for m in members
+            if self.node_rps[m]
+        }
+        total = sum(loads.values())
+        return 1.0 - loads.get(pool, 0.0) / total if total else 0.0
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ then its output: ``ss`` to ``ll``.
 
 >>> class_of(200, 50), class_of(200, 5000), class_of(4000, 120)
 ('ss', 'sl', 'lm')
->>> larger("ml"), larger("ll")
-(('ll',), ())
+>>> larger("ms"), larger("ll")
+(('mm', 'ml', 'll', 'ls', 'lm'), ())
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 SIZES = "sml"
 INPUT_CUTS_TOKENS = (256, 1024)
 OUTPUT_CUTS_TOKENS = (100, 350)
+ALL = "all"
+"""The pool and the class of a system without classes."""
 CLASSES = tuple(f"{i}{o}" for i in SIZES for o in SIZES)
 
 
@@ -33,14 +35,6 @@ def class_of(prompt_tokens: int, output_tokens: int) -> str:
     ]
 
 
-@cache
-def larger(name: str) -> tuple[str, ...]:
-    """Classes that are at least as large in both lengths and larger in one, the nearest first."""
-    i, o = SIZES.index(name[0]), SIZES.index(name[1])
-    found = [(a + b - i - o, f"{SIZES[a]}{SIZES[b]}") for a in range(i, 3) for b in range(o, 3)]
-    return tuple(other for distance, other in sorted(found) if distance)
-
-
 def next_larger(name: str) -> str:
     """Where what does not fill a node of this class goes: a longer output, then a longer input.
 
@@ -51,6 +45,42 @@ def next_larger(name: str) -> str:
     if o < 2:
         return f"{name[0]}{SIZES[o + 1]}"
     return f"{SIZES[min(2, i + 1)]}l"
+
+
+def covers(name: str, other: str) -> bool:
+    """Whether a class is at least as large as another in both lengths.
+
+    >>> covers("mm", "sm"), covers("mm", "sl")
+    (True, False)
+    """
+    return all(SIZES.index(a) >= SIZES.index(b) for a, b in zip(name, other, strict=True))
+
+
+@cache
+def larger(name: str) -> tuple[str, ...]:
+    """Classes that cover this one, in the order in which its requests spill to them.
+
+    First those that the cluster manager moves its load to, then the others.
+    """
+    chain = [name]
+    while chain[-1] != CLASSES[-1]:
+        chain.append(next_larger(chain[-1]))
+    others = [other for other in CLASSES if covers(other, name) and other not in chain]
+    return (*chain[1:], *others)
+
+
+def mix_of(name: str) -> str:
+    """Name of the mix of a class and all that it covers.
+
+    >>> mix_of("ml"), mix_of("ss")
+    ('ml+', 'ss')
+    """
+    return f"{name}+" if name != CLASSES[0] else name
+
+
+MIXES = tuple(
+    (mix_of(name), tuple(other for other in CLASSES if covers(name, other))) for name in CLASSES[1:]
+)
 
 
 class Predictor:

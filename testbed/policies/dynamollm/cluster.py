@@ -17,36 +17,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from testbed.policies.dynamollm.classes import CLASSES, next_larger
-
-ALL = "all"
-"""The pool and the class of a system without classes."""
+from testbed.policies.dynamollm.classes import ALL, CLASSES, next_larger
 
 Mix = dict[str, float]
 """Load by class, in nodes."""
 _NOTHING = 1e-6
+_LEAST = 0.05
+"""Least that a node is taken to do."""
+MostOf = Callable[[str, Mapping[str, float]], float]
 
 
-def nodes_for(load: Mapping[str, float]) -> dict[str, int]:
+def _whole(pool: str, mix: Mapping[str, float]) -> float:
+    return 1.0
+
+
+def nodes_for(load: Mapping[str, float], most_of: MostOf = _whole) -> dict[str, int]:
     """Nodes of each pool that gets any.
 
     Args:
         load: predicted peak of each class; of `ALL` only in a system of one pool.
+        most_of: what a node of a pool with a mix can do, in nodes.
     """
     nodes: dict[str, int] = {}
 
-    def room(name: str, total: float) -> float:
+    def room(name: str, have: Mix) -> float:
+        most = max(most_of(name, have), _LEAST)
+        need = sum(have.values()) / most
         last = name in (CLASSES[-1], ALL)
-        nodes[name] = math.ceil(total - _NOTHING) if last else math.floor(total + _NOTHING)
-        return float(nodes[name])
+        nodes[name] = math.ceil(need - _NOTHING) if last else math.floor(need + _NOTHING)
+        return nodes[name] * most
 
     _flow(load, room)
     return {name: count for name, count in nodes.items() if count}
 
 
-def spread(load: Mapping[str, float], nodes: Mapping[str, float]) -> dict[str, Mix]:
+def spread(
+    load: Mapping[str, float], nodes: Mapping[str, float], most_of: MostOf = _whole
+) -> dict[str, Mix]:
     """Which classes' load each pool with nodes serves, where none but the last may overflow."""
-    served = _flow(load, lambda name, total: float(nodes.get(name, 0)))
+
+    def room(name: str, have: Mix) -> float:
+        count = nodes.get(name, 0)
+        return count * max(most_of(name, have), _LEAST) if count else 0.0
+
+    served = _flow(load, room)
     names = [name for name in (*CLASSES, ALL) if nodes.get(name)]
     # Nobody above has nodes: what would go there stays in the largest pool that has some.
     for name in [name for name in served if not nodes.get(name)]:
@@ -55,10 +69,10 @@ def spread(load: Mapping[str, float], nodes: Mapping[str, float]) -> dict[str, M
     return {name: served[name] for name in names if served.get(name)}
 
 
-def _flow(load: Mapping[str, float], room: Callable[[str, float], float]) -> dict[str, Mix]:
+def _flow(load: Mapping[str, float], room: Callable[[str, Mix], float]) -> dict[str, Mix]:
     """Let what has no room move up; the largest class keeps what comes to it."""
     if ALL in load:
-        room(ALL, load[ALL])
+        room(ALL, dict(load))
         return {ALL: dict(load)}
     arrived: dict[str, Mix] = {name: {} for name in CLASSES}
     served: dict[str, Mix] = {}
@@ -66,10 +80,9 @@ def _flow(load: Mapping[str, float], room: Callable[[str, float], float]) -> dic
         have = arrived[name]
         if load.get(name, 0.0) > _NOTHING:
             _add(have, {name: load[name]})
-        total = sum(have.values())
-        if total <= _NOTHING:
+        if sum(have.values()) <= _NOTHING:
             continue
-        left = room(name, total)
+        left = room(name, have)
         if name == CLASSES[-1]:
             served[name] = have
             continue
