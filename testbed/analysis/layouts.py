@@ -54,8 +54,9 @@ def read_layouts(recording: Recording) -> Layouts:
 def summary(recording: Recording, duration_s: float) -> dict[str, Any]:
     """GPU time that instances took, how often they changed, and the quality that clients got.
 
-    ``gpu_s`` counts a GPU while an instance starts, serves or drains on it; ``quality_mean_frac``
-    is the mean over completed requests of the declared quality of what finished them.
+    ``gpu_s`` counts a GPU while an instance starts, serves or drains on it; ``stops`` counts slots
+    that fell empty (not those that took another instance at once); ``quality_mean_frac`` is the
+    mean over completed requests of the declared quality of what finished them.
     """
     layouts = read_layouts(recording)
     last = np.append(layouts.instance[1:] != layouts.instance[:-1], True)

@@ -73,16 +73,11 @@ class Arranging:
         words = self._words.get(node)
         return min(words, key=lambda policy: (self._rank[policy], policy)) if words else -1
 
-    def how(self, node: int) -> StartHow:
-        """How the layout that holds for a node is to be started."""
-        winner = self.winner(node)
-        return self._words[node][winner][1] if winner >= 0 else "snapshot"
-
-    def settle(self, node: Node) -> StartHow | None:
-        """Make the word that holds the node's layout; how to start, or None if nothing changes."""
+    def settle(self, node: Node) -> bool:
+        """Make the word that holds the node's layout; whether that changes anything."""
         winner = self.winner(node.index)
         if winner < 0:
-            return None
+            return False
         wanted, how = self._words[node.index][winner]
         present = {config.serial: config for config in node.configs}
         if node.layout_seen is not None:
@@ -103,10 +98,10 @@ class Arranging:
             self._known[node.index][config.serial] = config
             configs.append(config)
         if configs == node.configs:
-            return None
-        node.configs = configs
+            return False
+        node.configs, node.layout_how = configs, how
         node.layout_sequence += 1
-        return how
+        return True
 
     # Checks.
 

@@ -20,7 +20,14 @@ import numpy as np
 
 from emulators.models import load_model, precision_of, quality_frac
 from testbed.core.errors import SpecError
-from testbed.core.messages import GpuInfo, InstanceConfig, NodeConfig, SlotReadings, TenantInfo
+from testbed.core.messages import (
+    GpuInfo,
+    InstanceConfig,
+    NodeConfig,
+    SlotReadings,
+    StartHow,
+    TenantInfo,
+)
 from testbed.core.names import gpu_name, instance_name, row_of, slot_name
 from testbed.core.spec import RunSpec
 from testbed.core.view import (
@@ -58,6 +65,8 @@ class Node:
     """What it is to hold. In an elastic run `testbed.coordinator.arranging` changes it."""
     layout_sequence: int = 0
     """Of the last change to that."""
+    layout_how: StartHow = "snapshot"
+    """How what that change brought is to start."""
     layout_seen: SlotReadings | None = None
     """What it said of its slots last."""
     incarnation: int = 0

@@ -318,9 +318,8 @@ class Coordinator:
             self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
             self._lease(node, now_s)
             self._tune_again(node, now_s)
-            if report.slots.layout_sequence < node.layout_sequence:  # said before it was here
-                how = self._arranging.how(node.index)
-                self._hub.send(node.name, Arrange(node.layout_sequence, node.configs, how), now_s)
+            if report.slots.layout_sequence < node.layout_sequence:
+                self._tell_layout(node, now_s)  # it was welcomed with an older one
             self._refresh_up(node)
             self._release_held(now_s)
         elif newly_lost:
@@ -734,19 +733,21 @@ class Coordinator:
         arranged = set()
         for index in asked:
             node = self.layout.nodes[index]
-            how = self._arranging.settle(node)
-            if how is None:
+            if not self._arranging.settle(node):
                 continue
             arranged.add(index)
             if node.live:
-                arrange = Arrange(node.layout_sequence, node.configs, how)
-                self._hub.send(node.name, arrange, now_s)
+                self._tell_layout(node, now_s)
             self._forget_quick(node)
             self._refresh_up(node)
             words = [f"{c.model} tp{c.tp} at GPU {c.gpus[0]}" for c in node.configs]
-            text = f"{how}: {', '.join(words) or 'nothing'}"
+            text = f"{node.layout_how}: {', '.join(words) or 'nothing'}"
             self._event(now_s, "info", node.name, "layout", text)
         return arranged
+
+    def _tell_layout(self, node: Node, now_s: float) -> None:
+        arrange = Arrange(node.layout_sequence, node.configs, node.layout_how)
+        self._hub.send(node.name, arrange, now_s)
 
     def _forget_quick(self, node: Node) -> None:
         """What was asked of instances that are to leave is not asked of those that follow."""
@@ -755,6 +756,7 @@ class Coordinator:
         gone = [node.instances.start + k for k, serial in enumerate(seen) if serial not in stay]
         self._batches.forget(np.array(gone, np.int64))
         self._draining[gone] = self._by_deadline[gone] = False
+        self._own_seqs[gone] = 0
         for config in node.configs:
             self._own_seqs[node.instances.start + config.gpus[0]] = config.engine.max_num_seqs
 
@@ -764,9 +766,10 @@ class Coordinator:
         limit, winner = self._batches.resolve(self._own_seqs.astype(np.float64))
         seqs = np.where(instances.num_gpus > 0, limit, 0).astype(np.int64)
         changed = seqs != instances.max_num_seqs
+        changed &= seqs > 0
         if changed.any():
-            instances.max_num_seqs[:] = seqs
             which = np.flatnonzero(changed)
+            instances.max_num_seqs[which] = seqs[which]
             self._records.layout(now_s, self._step + 1, which, instances)
             self._tune("batch", which, seqs[which], now_s)
         return winner, changed
@@ -800,7 +803,8 @@ class Coordinator:
         """A node that has just begun knows nothing of batches and queues that were changed."""
         which = np.arange(node.instances.start, node.instances.stop)
         seqs, own = self.layout.instances.max_num_seqs[which], self._own_seqs[which]
-        self._tune("batch", which[seqs != own], seqs[seqs != own], now_s)
+        changed = (seqs != own) & (seqs > 0)
+        self._tune("batch", which[changed], seqs[changed], now_s)
         ordered = which[self._by_deadline[which]]
         self._tune("order", ordered, np.ones(len(ordered)), now_s)
 
