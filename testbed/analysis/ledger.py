@@ -161,7 +161,7 @@ def ledger(
     recording = Recording.open(source)
     tariff = tariff or recording.spec.ledger
     energy = read_energy(recording, from_s, to_s)
-    scale = tariff.time_scale
+    scale = recording.spec.workload.time_scale
     middle_s = (energy.edges_s[1:] + energy.edges_s[:-1]) / 2 * scale
     length_s = np.diff(energy.edges_s)[:, None] * scale
     gpu_kwh = energy.used_j * scale / J_PER_KWH

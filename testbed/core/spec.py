@@ -102,6 +102,8 @@ class WorkloadSpec(_Table, frozen=True):
     """Where in the trace to begin."""
     rate_rps: NotNegative = 0.0
     """Mean arrival rate; for a trace, the rate it is thinned or repeated to (0 keeps its own)."""
+    time_scale: Positive = 1.0
+    """Seconds of a day or week that are played in one second, at their rates."""
     burst_cv: Positive = 3.0
     image_frac: Frac = 0.0
     """Share of requests given images, with sizes from the measured LMM distributions."""
@@ -172,8 +174,6 @@ class LedgerSpec(_Table, frozen=True):
     """
     begins_h: NotNegative = 0.0
     """Hour of that series, and of the day, at the run's zero."""
-    time_scale: Positive = 1.0
-    """Seconds of the trace that a second of the run stands for."""
     price_usd_per_kwh: list[NotNegative] = msgspec.field(default_factory=lambda: [0.08])
     """One for all hours, or 24, one for each hour of the day (UTC). Assumed."""
     gpu_usd_per_h: NotNegative = 12.29
