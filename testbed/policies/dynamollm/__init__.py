@@ -48,8 +48,6 @@ from testbed.policies.serving_profile import ServingProfile, Sweep
 
 _MEMORY_S = 10.0
 """Over how long the router remembers what it sent to an instance."""
-_FULLER = 1.1
-"""How far above its planned load the router fills an instance before it looks elsewhere."""
 _LAST = COUNTS - 1
 _EMPTY: tuple[str, Shape] = ("", ())
 """A node without a pool."""
@@ -349,7 +347,7 @@ class DynamoLLM:
         nodes = {name: len(pool.nodes) for name, pool in self._pools.items()}
         mixes = spread(load, nodes, self._capacity.most_of)
         allowed = self._capacity.profile.tps if self.sharding else (self._gpus_per_node,)
-        use_all = not (self.instances and self.sharding)
+        use_all = not self.sharding
         for name, mix in mixes.items():
             pool = self._pools[name]
             pool.shapes = self._capacity.of(name, mix)
@@ -456,7 +454,7 @@ class DynamoLLM:
             fill = card.most
             if kind is not None:
                 planned[pool.name].remove(kind)
-                fill = min(fill, _FULLER * kind.load)
+                fill = min(fill, kind.load)
             most = pool.shapes.most[place]
             if self.frequency:
                 added_w, most_load = pool.shapes.added_w(place), float(most.max())
