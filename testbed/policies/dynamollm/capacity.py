@@ -161,8 +161,12 @@ class Shapes:
         """
         if tp not in self._added:
             loads = _GRID * float(self.most[tp].max())
+            # Rounding may put the last load a hair beyond the most.
+            loads[-1] *= 1.0 - 1e-9
             powers = [self.least_power_w(tp, load, free_clock=True) for load in loads.tolist()]
-            self._added[tp] = np.gradient(powers, loads).tolist()
+            usable = loads[-1] > 0 and np.isfinite(powers).all()
+            slope_w = np.gradient(powers, loads) if usable else np.full(STEPS, np.inf)
+            self._added[tp] = slope_w.tolist()
         return self._added[tp]
 
     @cached_property
