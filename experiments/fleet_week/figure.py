@@ -53,7 +53,7 @@ def lines_of(recording: Recording) -> list[tuple[str, list[Line]]]:
     ]
     return [
         ("requests per minute", load),
-        ("power of the fleet, MW", power),
+        ("power and budget, MW", power),
         ("GPUs under a cap, share", [("", hours, capped, COLOURS["capped"])]),
         ("die temperature, degC", heat),
     ]
@@ -70,9 +70,11 @@ def draw(recording: Recording) -> str:
     end_s = max(float(line[1][-1]) for _, lines in panels for line in lines if len(line[1]))
     for place, (title, lines) in enumerate(panels):
         parts += _panel(title, lines, place * PANEL, end_s)
-    for day in range(int(end_s // DAY_S) + 1):
-        x = MARGIN + day * DAY_S / end_s * (WIDTH - MARGIN - 20)
-        name = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun", "")[min(day, 7)]
+    start_s = recording.spec.workload.start_s
+    for day in range(int(start_s // DAY_S), int((start_s + end_s - 3600.0) // DAY_S) + 1):
+        after_s = max(0.0, day * DAY_S - start_s)
+        x = MARGIN + after_s / end_s * (WIDTH - MARGIN - 20)
+        name = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[day % 7]
         parts.append(f"<text x='{x:.1f}' y='{height - 14}'>{name}</text>")
     return "".join([*parts, "</svg>"])
 
