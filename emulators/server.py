@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from emulators.elastic import Elastic
@@ -468,8 +467,7 @@ class NodeGpus:
 
     def read(self) -> GpuReadings:
         """All readings now, rounded as NVML rounds them."""
-        columns = gpu_columns(self._state)
-        return GpuReadings(**{name: column.tolist() for name, column in columns.items()})
+        return GpuReadings(**gpu_columns(self._state))
 
     def power_limits_w(self) -> list[float]:
         """The limits asked for last."""
@@ -714,7 +712,8 @@ class ServerBank:
         self._unread.clear()
         if changed:
             engines = [self._roster.engines[index] for index in changed]
-            for name, values in msgspec.structs.asdict(readings_of(engines, t_s)).items():
+            read = readings_of(engines, t_s)
+            for name, values in zip(read.names, read.values(), strict=True):
                 self._readings[name][changed] = values
         return self._readings
 

@@ -34,6 +34,7 @@ from testbed.recorder.writer import CHECKPOINT, Recorder, new_run_folder, write_
 from testbed.shells.live import run_live
 from testbed.shells.node import NodeOptions, curve_of, node, parse_fault, parse_gpus
 from testbed.shells.plant import emulated_bank
+from testbed.shells.relay import RelayOptions, relay
 from testbed.shells.schedule import Parts, Progress, Status
 from testbed.shells.virtual import run_virtual
 from testbed.workloads import open_workload
@@ -41,11 +42,13 @@ from testbed.workloads import open_workload
 __all__ = [
     "NodeOptions",
     "Progress",
+    "RelayOptions",
     "Status",
     "curve_of",
     "node",
     "parse_fault",
     "parse_gpus",
+    "relay",
     "resume",
     "run",
 ]

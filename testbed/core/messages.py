@@ -1,8 +1,9 @@
 """Every message on the wire, defined once and checked on arrival.
 
 A message travels inside an `Envelope`, as MessagePack, typed by msgspec: a wrong type, a missing
-field or an unknown kind is refused by `decode` before any code of ours sees it. Columns are lists
-with one entry per GPU (or instance, tenant, request) in the order that `Hello` or `Welcome` gave.
+field or an unknown kind is refused by `decode` before any code of ours sees it. Columns have one
+entry per GPU (or instance, tenant, request) in the order that `Hello` or `Welcome` gave; readings
+travel packed (`testbed.core.columns`), as they are most of the traffic.
 
 Times are seconds on the run's clock, zero at its start. A message says when it was true or decided
 (`Envelope.t_s`); the receiver lets it act `delay_s` later, the same in virtual and in real time,
@@ -20,19 +21,23 @@ testbed.core.errors.TransportError: bad message of 87 bytes: Input data was trun
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import compress
 from typing import Literal
 
 import msgspec
+import numpy as np
 
+from testbed.core.columns import F8, I8, Columns, Flags
 from testbed.core.errors import TransportError
 
 StartHow = Literal["snapshot", "cold"]
 ReturnedWhy = Literal["recalled", "drained", "resharded", "gone", "squashed"]
 TuneKind = Literal["batch", "order", "recall", "squash"]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 16 << 20
-"""Longest message a socket accepts. A bank report of 10,000 GPUs is about 1 MB."""
+"""Longest message a socket accepts. A report of 10,000 GPUs is about 0.9 MB."""
 
 
 class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -212,46 +217,46 @@ class Bye(Frozen, frozen=True, tag=True):
 # Telemetry.
 
 
-class GpuReadings(Frozen, frozen=True):
+class GpuReadings(Columns):
     """One column per quantity, one entry per GPU of the bank."""
 
-    power_instant_w: list[float]
-    power_avg_w: list[float]
-    power_limit_w: list[float]
-    power_limit_enforced_w: list[float]
-    energy_j: list[float]
-    sm_clock_mhz: list[float]
-    temp_c: list[float]
-    mem_temp_c: list[float]
-    gpu_busy_frac: list[float]
-    fb_used_bytes: list[int]
-    throttle: list[int]
-    lost: list[bool]
+    power_instant_w: F8
+    power_avg_w: F8
+    power_limit_w: F8
+    power_limit_enforced_w: F8
+    energy_j: F8
+    sm_clock_mhz: F8
+    temp_c: F8
+    mem_temp_c: F8
+    gpu_busy_frac: F8
+    fb_used_bytes: I8
+    throttle: I8
+    lost: Flags
 
 
-class InstanceReadings(Frozen, frozen=True):
+class InstanceReadings(Columns):
     """One entry per instance of the node."""
 
-    num_running: list[int]
-    num_waiting: list[int]
-    kv_used_frac: list[float]
-    prompt_tokens_total: list[int]
-    output_tokens_total: list[int]
-    preemptions_total: list[int]
+    num_running: I8
+    num_waiting: I8
+    kv_used_frac: F8
+    prompt_tokens_total: I8
+    output_tokens_total: I8
+    preemptions_total: I8
 
 
-class TenantReadings(Frozen, frozen=True):
+class TenantReadings(Columns):
     """One entry per tenant of the node; kernel words, see STYLE's host table."""
 
-    working_set_bytes: list[int]
-    current_bytes: list[int]
-    limit_bytes: list[int]
-    swap_bytes: list[int]
-    major_faults_total: list[int]
-    refaults_total: list[int]
-    pressure_some_frac: list[float]
-    slowdown_frac: list[float]
-    frozen: list[bool]
+    working_set_bytes: I8
+    current_bytes: I8
+    limit_bytes: I8
+    swap_bytes: I8
+    major_faults_total: I8
+    refaults_total: I8
+    pressure_some_frac: F8
+    slowdown_frac: F8
+    frozen: Flags
 
 
 class SlotReadings(Frozen, frozen=True):
@@ -267,18 +272,166 @@ class SlotReadings(Frozen, frozen=True):
 
 
 class Report(Frozen, frozen=True, tag=True):
-    """A node's state at ``Envelope.t_s``."""
+    """A node's state at ``Envelope.t_s``. Readings are packed; `report` makes one of columns."""
 
-    gpus: GpuReadings
-    instances: InstanceReadings
-    tenants: TenantReadings
+    gpus: bytes
+    """`GpuReadings`."""
+    instances: bytes
+    """`InstanceReadings`."""
+    tenants: bytes
+    """`TenantReadings`."""
     lease_epoch: int
     lease_sequence: int
     drift_total: int
     """Times a limit was found changed by somebody else and was set again."""
     late_s: float
     """How late the node took this sample, on its own clock."""
-    slots: SlotReadings = SlotReadings(0, [], [], [])
+    slots: SlotReadings | None = None
+    """Of elastic nodes only."""
+
+    def __post_init__(self) -> None:
+        # Written out, since it runs for every report that arrives.
+        if (
+            len(self.gpus) % _GPU_BYTES
+            or len(self.instances) % _INSTANCE_BYTES
+            or len(self.tenants) % _TENANT_BYTES
+        ):
+            raise ValueError("readings are no whole number of records")
+
+
+def report(
+    gpus: GpuReadings,
+    instances: InstanceReadings,
+    tenants: TenantReadings,
+    *,
+    lease_epoch: int = 0,
+    lease_sequence: int = 0,
+    drift_total: int = 0,
+    late_s: float = 0.0,
+    slots: SlotReadings | None = None,
+) -> Report:
+    """A report of these readings."""
+    return Report(
+        gpus.pack(),
+        instances.pack(),
+        tenants.pack(),
+        lease_epoch,
+        lease_sequence,
+        drift_total,
+        late_s,
+        slots if slots is not None and slots.serial else None,
+    )
+
+
+class RowReport(Frozen, frozen=True, tag=True):
+    """What many nodes reported of one moment: an entry per node, and their readings one after the
+    other. ``sequence`` and ``incarnation`` are the nodes' own, so that what was lost on the way to
+    a relay shows at the coordinator too.
+    """
+
+    node: list[str]
+    incarnation: list[int]
+    sequence: list[int]
+    num_gpus: list[int]
+    num_instances: list[int]
+    num_tenants: list[int]
+    gpus: bytes
+    instances: bytes
+    tenants: bytes
+    lease_epoch: list[int]
+    lease_sequence: list[int]
+    drift_total: list[int]
+    late_s: list[float]
+    slots: dict[int, SlotReadings]
+    """By place among the nodes; elastic ones only."""
+
+    def __post_init__(self) -> None:
+        count = len(self.node)
+        for name in _BY_NODE:
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"{name} has not {count} entries, as node has")
+        for kind, data, counts in self._parts():
+            if len(data) != sum(counts) * kind.size_bytes or min(counts, default=0) < 0:
+                raise ValueError(f"{len(data)} bytes are not the {kind.__name__} that it counts")
+        if not all(0 <= place < count for place in self.slots):
+            raise ValueError(f"slots of none of the {count} nodes")
+
+    def _parts(self) -> list[tuple[type[Columns], bytes, list[int]]]:
+        return [
+            (GpuReadings, self.gpus, self.num_gpus),
+            (InstanceReadings, self.instances, self.num_instances),
+            (TenantReadings, self.tenants, self.num_tenants),
+        ]
+
+    def pick(self, keep: list[bool]) -> RowReport:
+        """The same without some of the nodes."""
+        gpus, instances, tenants = (
+            kind.unpack(data).records[np.repeat(keep, counts)].tobytes()
+            for kind, data, counts in self._parts()
+        )
+        columns = {name: list(compress(getattr(self, name), keep)) for name in _BY_NODE}
+        kept = compress(range(len(keep)), keep)
+        slots = {new: self.slots[old] for new, old in enumerate(kept) if old in self.slots}
+        return RowReport(gpus=gpus, instances=instances, tenants=tenants, slots=slots, **columns)
+
+
+_BY_NODE = [
+    name
+    for name in RowReport.__struct_fields__
+    if name not in ("gpus", "instances", "tenants", "slots")
+]
+_GPU_BYTES = GpuReadings.size_bytes
+_INSTANCE_BYTES = InstanceReadings.size_bytes
+_TENANT_BYTES = TenantReadings.size_bytes
+
+
+def merge(words: Sequence[Envelope]) -> RowReport:
+    """One report of what several nodes reported of the same moment, in their order.
+
+    Args:
+        words: envelopes that hold a `Report` each, of one ``t_s``.
+    """
+    reports: list[Report] = [word.body for word in words]  # type: ignore[misc]
+    return RowReport(
+        [word.source for word in words],
+        [word.incarnation for word in words],
+        [word.sequence for word in words],
+        [len(report.gpus) // _GPU_BYTES for report in reports],
+        [len(report.instances) // _INSTANCE_BYTES for report in reports],
+        [len(report.tenants) // _TENANT_BYTES for report in reports],
+        b"".join([report.gpus for report in reports]),
+        b"".join([report.instances for report in reports]),
+        b"".join([report.tenants for report in reports]),
+        [report.lease_epoch for report in reports],
+        [report.lease_sequence for report in reports],
+        [report.drift_total for report in reports],
+        [report.late_s for report in reports],
+        {place: report.slots for place, report in enumerate(reports) if report.slots is not None},
+    )
+
+
+# Relays: between a row of nodes and the coordinator.
+
+
+class Forwarded(Frozen, frozen=True, tag=True):
+    """A control message that a relay passes on as it came: up from a node, or down to one."""
+
+    to: str
+    """The node it is for; empty on the way up, where the message says whose it is."""
+    message: bytes
+
+
+class RelayStatus(Frozen, frozen=True, tag=True):
+    """A relay lives, and its counters so far."""
+
+    nodes: int
+    """Nodes heard from."""
+    received_total: int
+    gaps_total: int
+    """Messages of its nodes that never came to it."""
+    dropped_total: int
+    """Messages that it could not pass on, up or down."""
+    bad_total: int
 
 
 # Serving.
@@ -406,6 +559,9 @@ Body = (
     | Stop
     | Bye
     | Report
+    | RowReport
+    | Forwarded
+    | RelayStatus
     | Submit
     | Progress
     | Returned

@@ -164,6 +164,9 @@ class TransportSpec(_Table, frozen=True):
     delay_s: Annotated[float, Meta(ge=0, le=1)] = 0.005
     jitter_s: NotNegative = 0.0
     loss_frac: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    relays: Literal["none", "row"] = "none"
+    """``row``: nodes of an emulated run talk through a relay per row. In virtual time nothing has
+    to be relayed: messages act at the same times either way."""
 
 
 class ControlSpec(_Table, frozen=True):
@@ -178,6 +181,9 @@ class ControlSpec(_Table, frozen=True):
     ramp_up_w_per_s: Positive = 200.0
     max_attempts: Count = 3
     """How often a request is routed before it is recorded as lost."""
+    realtime: bool = False
+    """Nodes of an emulated run ask for real-time priority (SCHED_FIFO), so that others' load does
+    not make them late. Needs the privilege; without it the node says so and goes on."""
     hold_limit: Count = 10_000
     """Requests held at the front door before further ones are rejected."""
 
@@ -417,6 +423,10 @@ def _check(spec: RunSpec) -> None:
         ):
             if value >= count:
                 raise SpecError(f"run spec: fault.{field} = {value} must be below {count}")
+    if spec.transport.relays != "none" and spec.mode == "hardware":
+        raise SpecError(
+            'run spec: transport.relays: start relays by hand (testbed relay) in mode "hardware"'
+        )
     if spec.fault and spec.mode == "hardware":
         raise SpecError("run spec: fault: only emulated GPUs can be told to fail")
     for field in ("segments", "checkpoint_s"):

@@ -199,20 +199,24 @@ class TableWriter:
 
 
 class _Due:
-    """Which samples of a bank to keep: those at least ``period_s`` apart."""
+    """Which samples of GPUs or instances to keep: those at least ``period_s`` apart."""
 
     def __init__(self, period_s: float) -> None:
         self.period_s = period_s
-        self.next_s: dict[int, float] = {}
+        self.next_s = np.empty(0)
+        """By index, when it is to be kept next."""
 
-    def now(self, bank: int, t_s: float) -> bool:
-        """Whether to keep the sample at ``t_s``; it is taken as kept."""
+    def now(self, places: Any, t_s: float) -> Any:
+        """Which of the samples at ``t_s`` to keep, taken as kept; None where all are."""
         if not self.period_s:
-            return True
-        if t_s < self.next_s.get(bank, t_s) - 1e-6:
-            return False
-        self.next_s[bank] = t_s + self.period_s
-        return True
+            return None
+        places = np.asarray(places, np.int64)
+        more = int(places.max(initial=-1)) + 1 - len(self.next_s)
+        if more > 0:
+            self.next_s = np.append(self.next_s, np.full(more, -np.inf))
+        due = t_s >= self.next_s[places] - 1e-6
+        self.next_s[places[due]] = t_s + self.period_s
+        return due
 
 
 class Recorder:
@@ -257,7 +261,9 @@ class Recorder:
         self._names: dict[str, tuple[str, ...]] = {}
         self._gpu_due = _Due(spec.record.gpu_period_s)
         self._instance_due = _Due(spec.record.instance_period_s)
-        self._held: dict[int, tuple[float, Any, GpuReadings]] = {}
+        # By GPU, what it said since it was recorded, and when (NaN: nothing).
+        self._held_s = np.empty(0)
+        self._held = np.empty(0, GpuReadings.layout)
         self._flushed = self._started
         self._last_s = 0.0
         self._closed = False
@@ -379,42 +385,48 @@ class Recorder:
     # Telemetry. The hot path: positional, no checks beyond NumPy's.
 
     def gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
-        """A node's report: ``gpu`` are the indices of its GPUs.
+        """What nodes reported: ``gpu`` are the indices of their GPUs.
 
         With ``record.gpu_period_s`` set, a report that comes too soon is held back; the last one
         is kept at the end, so that energy counters cover the whole run.
         """
-        bank = int(gpu[0])
-        if not self._gpu_due.now(bank, t_s):
-            self._held[bank] = (t_s, gpu, readings)
+        due = self._gpu_due.now(gpu, t_s)
+        if due is None:
+            self._put_gpus(t_s, gpu, readings)
             return
-        self._held.pop(bank, None)
-        self._put_gpus(t_s, gpu, readings)
+        gpu = np.asarray(gpu)
+        more = len(self._gpu_due.next_s) - len(self._held)
+        self._held_s = np.append(self._held_s, np.full(more, np.nan))
+        self._held = np.append(self._held, np.zeros(more, GpuReadings.layout))
+        self._held_s[gpu] = np.where(due, np.nan, t_s)
+        self._held[gpu[~due]] = readings.records[~due]
+        if due.any():
+            self._put_gpus(t_s, gpu[due], GpuReadings.of(readings.records[due]))
 
-    def _put_gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
-        self._gpus.append(len(gpu), t_s, gpu, *msgspec.structs.astuple(readings))
-        self._last_s = t_s
+    def _put_gpus(self, t_s: Any, gpu: Any, readings: GpuReadings) -> None:
+        self._gpus.append(len(gpu), t_s, gpu, *readings.values())
+        self._last_s = float(np.max(t_s))
         if self._gpus.num_rows >= FULL_ROWS:
             self._flush()
 
     def instances(
         self, t_s: float, instance: Any, readings: InstanceReadings, outstanding_tokens: Any
     ) -> None:
-        """A node's instances, and how many tokens the coordinator holds each to have ahead.
+        """Nodes' instances, and how many tokens the coordinator holds each to have ahead.
 
         Thinned by ``record.instance_period_s``.
         """
-        if not len(instance) or not self._instance_due.now(int(instance[0]), t_s):
-            return
-        self._instances.append(
-            len(instance), t_s, instance, *msgspec.structs.astuple(readings), outstanding_tokens
-        )
+        due = self._instance_due.now(instance, t_s)
+        if due is not None:
+            instance, outstanding_tokens = np.asarray(instance)[due], outstanding_tokens[due]
+            readings = InstanceReadings.of(readings.records[due])
+        self._instances.append(len(instance), t_s, instance, *readings.values(), outstanding_tokens)
         if self._instances.num_rows >= FULL_ROWS:
             self._flush()
 
     def tenants(self, t_s: float, tenant: Any, readings: TenantReadings) -> None:
         """A node's memory tenants."""
-        self._tenants.append(len(tenant), t_s, tenant, *msgspec.structs.astuple(readings))
+        self._tenants.append(len(tenant), t_s, tenant, *readings.values())
         if self._tenants.num_rows >= FULL_ROWS:
             self._flush()
 
@@ -530,10 +542,8 @@ class Recorder:
             "sizes_bytes": {name: writer.size_bytes for name, writer in self.tables.items()},
             "gpu_due_s": self._gpu_due.next_s,
             "instance_due_s": self._instance_due.next_s,
-            "held": {
-                bank: (t_s, (gpu[0], gpu[-1] + 1), readings)
-                for bank, (t_s, gpu, readings) in self._held.items()
-            },
+            "held_s": self._held_s,
+            "held": self._held.tobytes(),
         }
 
     def go_on(self, saved: dict[str, Any]) -> None:
@@ -542,10 +552,8 @@ class Recorder:
             writer.go_on_at(saved["sizes_bytes"].get(name, 0))
         self._gpu_due.next_s = saved["gpu_due_s"]
         self._instance_due.next_s = saved["instance_due_s"]
-        self._held = {
-            bank: (t_s, range(*place), readings)
-            for bank, (t_s, place, readings) in saved["held"].items()
-        }
+        self._held_s = saved["held_s"]
+        self._held = np.frombuffer(saved["held"], GpuReadings.layout).copy()
 
     def keep_checkpoint(self, data: bytes) -> None:
         """Put a checkpoint in place of the one before it, in one step."""
@@ -579,8 +587,10 @@ class Recorder:
         if self._closed:
             return
         self._closed = True
-        for held in self._held.values():
-            self._put_gpus(*held)
+        held = np.flatnonzero(~np.isnan(self._held_s))
+        if len(held):
+            readings = GpuReadings.of(self._held[held])
+            self._put_gpus(self._held_s[held], held, readings)
         wall_s = time.monotonic() - self._started
         for writer in self.tables.values():
             writer.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import os
 import select
@@ -35,12 +34,12 @@ from testbed.core.clock import (
     LiveScheduler,
 )
 from testbed.core.errors import DeviceError, SpecError
-from testbed.core.messages import Bye, Envelope, Ping, Pong
+from testbed.core.messages import Bye, Envelope, GpuReadings, Ping, Pong
 from testbed.core.spec import TenantsSpec
 from testbed.core.transport.zmq import Curve, ZmqSpoke
 from testbed.shells.executed import ExecutedServing
 from testbed.shells.forwarded import ForwardedServing
-from testbed.shells.live import signals_stop
+from testbed.shells.live import rare_collections, signals_stop
 from testbed.shells.plant import tenant_plan
 from testbed.shells.schedule import NodeSchedule
 
@@ -70,6 +69,8 @@ class NodeOptions:
     delay_s: float = 0.005
     tenants: str = ""
     """The run file's ``tenants`` table as JSON; empty for none."""
+    realtime: bool = False
+    """Ask for real-time priority."""
     allow_hardware_writes: bool = False
     curve_secret: Path | None = None
     """This node's secret key file, and the coordinator's public one beside it."""
@@ -164,6 +165,8 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
             log=log,
         )
         shell = NodeSchedule(daemon, loop)
+        if options.realtime:
+            _ask_for_realtime(log)
         with signals_stop(loop.stop) as caught:
             _say_hello(daemon, spoke, sync, caught, options.orphan_exit_s)
             if daemon.welcome is not None:
@@ -185,6 +188,14 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         log(f"left: {reason}")
         if daemon.failed:
             raise DeviceError(daemon.stopped)
+
+
+def _ask_for_realtime(log: Callable[[str], None]) -> None:
+    """Real-time priority for this thread, below what kernels use for themselves."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+    except OSError as error:
+        log(f"no real-time priority: {error.strerror}")
 
 
 def curve_of(
@@ -216,11 +227,26 @@ class _Plant:
     allow_writes: bool
 
 
+class _EmulatedGpus(NvmlGpus):
+    """Emulated GPUs behind NVML's names, but that a sample is read in columns.
+
+    A dozen calls per GPU keep a node of 50 GPUs from its iterations for a millisecond ten times a
+    second; both ways read the same state alike (tests/daemons/test_nvml_gpus.py).
+    """
+
+    def __init__(self, servers: ServerBank) -> None:
+        super().__init__(EmulatedNvml(servers.bank.state))
+        self._columns = servers.gpus[0]
+
+    def read(self) -> GpuReadings:
+        """All readings now."""
+        return self._columns.read()
+
+
 def _open_plant(options: NodeOptions, loop: LiveScheduler, spoke: ZmqSpoke) -> _Plant:
     if options.emulate:
         servers = _node_servers(options)
-        shown = NvmlGpus(EmulatedNvml(servers.bank.state))
-        return _Plant(shown, servers.serving[0], servers.tick, lambda: False, True)
+        return _Plant(_EmulatedGpus(servers), servers.serving[0], servers.tick, lambda: False, True)
     if options.device == "cpu":
         cores = CpuDevices(options.cores, name=f"serving-testbed-cpu-{os.getpid()}")
         serving = _real_serving(options, loop, spoke, cores.attach, [])
@@ -327,8 +353,6 @@ def _serve_node(
     """From welcome to stop, in real time."""
     assert daemon.welcome is not None
     assert daemon.config is not None
-    gc.collect()
-    gc.freeze()
     same_clock = daemon.welcome.boot_id == boot_id()
     loop.restart(daemon.welcome.start_ns - (0 if same_clock else sync.offset_ns))
     period_s = daemon.config.sample_period_s
@@ -347,4 +371,5 @@ def _serve_node(
         shell.sample(now_s, max(0.0, loop.wall_s() - now_s))
 
     loop.call_at(ticks * period_s, PHYSICS, tick)
-    loop.run(until_s=math.inf)
+    with rare_collections():
+        loop.run(until_s=math.inf)

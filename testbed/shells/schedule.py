@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from testbed.core.clock import (
     LiveScheduler,
     VirtualScheduler,
 )
-from testbed.core.messages import Envelope
+from testbed.core.messages import Envelope, Report, merge
 from testbed.core.spec import RunSpec
 from testbed.recorder.writer import Recorder
 
@@ -102,6 +103,11 @@ class NodeSchedule:
             self._loop.call_at(next_s, SERVING, self._serve, self.daemon.name)
 
 
+_source = attrgetter("source")
+_TOGETHER_MAX = 500
+"""Reports taken in at a time: a live loop looks at its sockets in between, for what is urgent."""
+
+
 class Desk:
     """The coordinator with its schedule."""
 
@@ -114,12 +120,34 @@ class Desk:
         """Called at each tick, after everything else."""
         self._started = time.monotonic()
         self._shown = self._flushed = 0.0
+        self._reports: dict[tuple[float, float], list[Envelope]] = {}
         self.coordinator: Coordinator
 
     def deliver(self, envelope: Envelope, due_s: float) -> None:
         """A message has arrived that is due at ``due_s``."""
+        if isinstance(envelope.body, Report):
+            self._bank(envelope, due_s)
+            return
         take = partial(self.coordinator.on_message, envelope)
         self._loop.call_at(due_s, DELIVERY, take, envelope.source)
+
+    def _bank(self, envelope: Envelope, due_s: float) -> None:
+        """Reports that are due together are taken in together: that costs a tenth."""
+        moment = (due_s, envelope.t_s)
+        words = self._reports.get(moment)
+        if words is None:
+            words = self._reports[moment] = []
+            self._loop.call_at(due_s, DELIVERY, partial(self._take_reports, moment))
+        words.append(envelope)
+
+    def _take_reports(self, moment: tuple[float, float], now_s: float) -> None:
+        words = self._reports.pop(moment)
+        words.sort(key=_source)  # the order in which they came is the network's affair
+        if len(words) > _TOGETHER_MAX:
+            self._reports[moment] = words[_TOGETHER_MAX:]
+            self._loop.call_at(moment[0], DELIVERY, partial(self._take_reports, moment))
+            del words[_TOGETHER_MAX:]
+        self.coordinator.on_reports(merge(words), moment[1], now_s)
 
     def begin(self, *, arrivals: bool = True) -> None:
         """Start ticks and, unless somebody else brings the requests, arrivals."""

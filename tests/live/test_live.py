@@ -105,6 +105,60 @@ def test_emulated_and_virtual_runs_agree(small_spec, tmp_path):
     assert json.loads(replayed.stdout)["different"] == 0
 
 
+def test_a_relay_per_row_changes_no_decision(small_spec, tmp_path):
+    """Two rows, two relays, two nodes behind each."""
+    said = {}
+    text = small_spec.read_text().replace("nodes_per_row = 1", "nodes_per_row = 2")
+    small_spec.write_text(text.replace("row_budget_w = 1700", "row_budget_w = 3400"))
+    for relays in ("none", "row"):
+        out = tmp_path / relays
+        done = cli("run", small_spec, "--mode", "emulated", "--out", out, "--json", "--no-report",
+                   "--set", f"transport.relays={relays}", "--set", "duration_s=8")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        recording = Recording.open(run_folder(out))
+        summary, wire = json.loads(done.stdout), recording.manifest["meta"]["wire"]
+        assert summary["requests"]["completed"] == summary["requests"]["arrived"] > 50
+        assert (wire["gaps_total"], wire["stale_total"], wire["bad_total"]) == (0, 0, 0)
+        assert wire["round_trips"] > 4
+        sources = set(recording.table("events")["source"].to_pylist())
+        assert ({"row0/relay", "row1/relay"} <= sources) == (relays == "row")
+        commands = recording.table("commands")
+        said[relays] = [
+            tuple(commands[name][i].as_py() for name in ("policy", "kind", "target", "value"))
+            for i in range(len(commands))
+        ]
+    assert said["none"]
+    assert said["row"] == said["none"]
+
+
+def test_a_relay_killed_under_way_is_started_again_and_no_request_is_lost(small_spec, tmp_path):
+    process = start(small_spec, tmp_path, "duration_s=10", "transport.relays=row")
+    folder = None
+    try:
+        folder = wait_for(lambda: run_folder(tmp_path), what="the run folder")
+        wait_for(lambda: (folder / "commands.arrows").exists(), what="a first cap")
+        [victim] = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if {"relay", "row0/relay"} <= set(process.info["cmdline"] or [])
+            and psutil.Process(process.pid).ppid() != 1
+            and str(folder) in str(process.open_files())
+        ]
+        victim.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) == 0, process.stdout.read().decode()
+    finally:
+        process.kill()
+        if folder:
+            end_nodes(folder)
+    recording = Recording.open(folder)
+    events = recording.table("events").to_pylist()
+    assert [e["kind"] for e in events if e["source"] == "row0/relay"].count("died") == 1
+    assert recording.summary["requests"]["lost"] == 0
+    gpus = recording.columns("gpus", "t_s", "gpu")
+    last_s = [gpus["t_s"][gpus["gpu"] == gpu].max() for gpu in range(8)]
+    assert min(last_s) > gpus["t_s"].max() - 1.0, "both rows report to the end"
+
+
 @pytest.mark.parametrize("mode", ["virtual", "emulated"])
 def test_a_lost_gpu_is_survived(small_spec, tmp_path, mode):
     spec = tmp_path / "fault.toml"
