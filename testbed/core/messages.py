@@ -19,6 +19,7 @@ testbed.core.errors.TransportError: bad message of 87 bytes: Input data was trun
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -84,6 +85,38 @@ class InstanceConfig(_Wire, frozen=True):
     tp: int
     gpus: list[int]
     engine: EngineConfig
+    precision: str = "native"
+    """Of the layers' matrices; ``native`` is the card's own."""
+    serial: int = 0
+    """Where nodes are elastic: tells this instance from all others that its node ever held."""
+
+
+class Delays(_Wire, frozen=True):
+    """What it takes to bring an instance up or to re-shape it; models in emulators/reconfigure.py.
+
+    Seconds and rates are published ones, see there for the sources; the run file may change them.
+    """
+
+    vm_s: float = 90.0
+    """Boot of a virtual machine: cold, on a node that held nothing (1 to 2 minutes, uncertain)."""
+    gpu_init_s: float = 120.0
+    """Driver and multi-GPU initialisation after that boot (2 minutes, uncertain)."""
+    storage_bytes_per_s: float = 0.77e9
+    """From cluster storage: the 138 GB of Llama2-70B take 3 minutes (uncertain)."""
+    engine_s: float = 18.0
+    """Start of the engine, cold (uncertain)."""
+    load_s: float = 15.0
+    """Weights and KV cache onto the GPUs, cold (uncertain)."""
+    pcie_bytes_per_s: float = 50e9
+    """From host memory to one GPU: PCIe 5.0 x16 gives 63e9 less protocol (assumed)."""
+    warm_s: float = 3.0
+    """Engine restored from a snapshot: process, CUDA context, graphs (assumed)."""
+    nvlink_bytes_per_s: float = 0.0
+    """Between GPUs of a node, one way; 0 takes the GPU profile's."""
+    sync_s: float = 0.05
+    """Fixed part of a re-shard (published totals for Llama2-70B are 50 to 100 ms, secondary)."""
+    drain_s: float = 30.0
+    """Longest that an instance on its way out goes on serving what it has (assumed)."""
 
 
 class NodeConfig(_Wire, frozen=True):
@@ -98,6 +131,13 @@ class NodeConfig(_Wire, frozen=True):
     ramp_up_w_per_s: float
     delay_s: float
     preprocess_in_tenants: bool = False
+    elastic: bool = False
+    """Instances are slots, one per GPU, and `Arrange` may change them."""
+    delays: Delays = Delays()
+    delay_frac: float = 1.0
+    """What all delays are multiplied with (``reconfigure.scale``)."""
+    layout_sequence: int = 0
+    """Of the `Arrange` that ``instances`` already reflects."""
 
 
 # Node and coordinator get to know each other.
@@ -207,6 +247,18 @@ class TenantReadings(_Wire, frozen=True):
     frozen: list[bool]
 
 
+class SlotReadings(_Wire, frozen=True):
+    """What the slots of an elastic node hold, one entry per GPU; empty on other nodes."""
+
+    layout_sequence: int
+    """Of the last `Arrange` that is reflected here."""
+    serial: list[int]
+    """`InstanceConfig.serial`; 0 for an empty slot."""
+    state: list[int]
+    """As in `testbed.core.view`: off, starting, up, draining."""
+    ready_s: list[float]
+
+
 class Report(_Wire, frozen=True, tag=True):
     """A node's state at ``Envelope.t_s``."""
 
@@ -219,6 +271,7 @@ class Report(_Wire, frozen=True, tag=True):
     """Times a limit was found changed by somebody else and was set again."""
     late_s: float
     """How late the node took this sample, on its own clock."""
+    slots: SlotReadings = SlotReadings(0, [], [], [])
 
 
 # Serving.
@@ -244,6 +297,9 @@ class Submit(_Wire, frozen=True, tag=True):
 
     instance: int
     request: Request
+    ttft_s: float = math.inf
+    """What its class was promised, from its arrival to its first token; infinite once that is out.
+    Orders queues by deadline."""
 
 
 class Progress(_Wire, frozen=True, tag=True):
@@ -253,6 +309,21 @@ class Progress(_Wire, frozen=True, tag=True):
     event: list[Literal["first_token", "finished", "rejected"]]
     t_s: list[float]
     preemptions: list[int]
+
+
+class Returned(_Wire, frozen=True, tag=True):
+    """Requests that an instance gave up before they ended, in columns.
+
+    ``recalled`` was asked for; ``drained`` ran out of time; ``resharded`` lost its instance to
+    another shape; ``gone`` came too late for the instance it was sent to. These are routed again
+    and compute again what they had. ``squashed`` is past its deadline and ends.
+    """
+
+    request_id: list[int]
+    instance: list[int]
+    output_tokens: list[int]
+    """Tokens given out so far."""
+    why: list[Literal["recalled", "drained", "resharded", "gone", "squashed"]]
 
 
 class Gaps(_Wire, frozen=True, tag=True):
@@ -285,6 +356,30 @@ class TenantLimits(_Wire, frozen=True, tag=True):
     memory_limit_bytes: list[int]
 
 
+class Arrange(_Wire, frozen=True, tag=True):
+    """Hold these instances and no others; see `testbed.core.view.SetLayout`.
+
+    An instance whose ``serial`` the node holds already goes on.
+    """
+
+    sequence: int
+    instances: list[InstanceConfig]
+    how: Literal["snapshot", "cold"]
+
+
+class Tune(_Wire, frozen=True, tag=True):
+    """A quick change to instances of the node.
+
+    ``batch`` sets the most sequences in a batch to ``value``; ``order`` orders the queue by
+    deadline (1) or arrival (0); ``recall`` hands back what waits; ``squash`` drops what waits
+    without a first token for longer than ``value`` times its class's time to first token.
+    """
+
+    kind: Literal["batch", "order", "recall", "squash"]
+    instance: list[int]
+    value_count: list[float]
+
+
 class Ack(_Wire, frozen=True, tag=True):
     """What the node did with a lease: refused (and why), or the limits as read back."""
 
@@ -306,9 +401,12 @@ Body = (
     | Report
     | Submit
     | Progress
+    | Returned
     | Gaps
     | Lease
     | TenantLimits
+    | Arrange
+    | Tune
     | Ack
 )
 

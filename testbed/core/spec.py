@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ import msgspec
 from msgspec import Meta
 
 from testbed.core.errors import SpecError
-from testbed.core.messages import EngineConfig
+from testbed.core.messages import Delays, EngineConfig
 from testbed.core.names import node_name
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -49,15 +50,23 @@ class ClusterSpec(_Table, frozen=True):
     inlet_c: Annotated[float, Meta(ge=-20, le=60)] = 24.0
     temp_spread_c: NotNegative = 2.0
     """Standard deviation of the per-GPU temperature offset (assumed: place and paste)."""
+    elastic: bool = False
+    """Policies may change which instances a node holds (`SetLayout`): ``view.instances`` then has a
+    slot per GPU, and pools say how the run begins. Not on real GPUs."""
 
 
 class PoolSpec(_Table, frozen=True):
-    """Instances of one model, on the same GPUs of every node."""
+    """Instances of one model, on the same number of GPUs of every node that it is on."""
 
     name: str = "default"
     model: str = "llama-3.1-8b"
+    precision: Literal["bf16", "fp8", "fp4", "int4", "native"] = "native"
+    """Of the layers' matrices; ``native`` is what the model's card says."""
     tp: Literal[1, 2, 4, 8] = 1
     gpus_per_node: Count = 8
+    nodes: str = "all"
+    """Which nodes it is on, counted through the run: ``all``, ``none`` (elastic runs: it gets
+    instances from a policy) or ranges such as ``0-5,8``. A node without pools begins empty."""
     priority: int = 1
     engine: EngineConfig = EngineConfig()
 
@@ -187,6 +196,20 @@ class FaultSpec(_Table, frozen=True):
     """How long a UPS or an air handler is out; 0 for the rest of the run."""
 
 
+class ReconfigureSpec(_Table, frozen=True):
+    """What changes of instances cost, in runs with ``cluster.elastic``."""
+
+    models: list[str] = []
+    """Models that policies may place beside those of the pools."""
+    scale: Positive = 1.0
+    """Multiplies all delays: below 1 where an experiment compresses its control periods alike."""
+    empty_power_frac: Frac = 1.0
+    """What a GPU without an instance draws, as a share of the profile's idle power. Below 1 stands
+    for machines switched off or given back; the profile's idle power is of a GPU with a model
+    loaded."""
+    delays: Delays = Delays()
+
+
 class TransportSpec(_Table, frozen=True):
     """The wire. ``delay_s`` holds in every mode; jitter and loss are injected in virtual time."""
 
@@ -243,6 +266,7 @@ class RunSpec(_Table, frozen=True):
     plant: PlantSpec | None = None
     vms: VmSpec = VmSpec()
     fault: list[FaultSpec] = []
+    reconfigure: ReconfigureSpec = ReconfigureSpec()
     transport: TransportSpec = TransportSpec()
     control: ControlSpec = ControlSpec()
     record: RecordSpec = RecordSpec()
@@ -256,6 +280,40 @@ class RunSpec(_Table, frozen=True):
             for row in range(cluster.rows)
             for index in range(cluster.nodes_per_row)
         ]
+
+    def model_names(self) -> list[str]:
+        """Models that instances may hold: those of the pools, then ``reconfigure.models``."""
+        pools = [pool.model for pool in self.pool]
+        return list(dict.fromkeys([*pools, *self.reconfigure.models]))
+
+    def pools_on(self, node: int) -> list[int]:
+        """Indices of the pools that begin on the node with that index."""
+        count = self.cluster.rows * self.cluster.nodes_per_row
+        return [k for k, pool in enumerate(self.pool) if node in nodes_of(pool.nodes, count)]
+
+
+@cache
+def nodes_of(text: str, count: int) -> frozenset[int]:
+    """Node indices that ``PoolSpec.nodes`` means in a cluster of ``count`` nodes.
+
+    Raises:
+        ValueError: not in the form, or out of range.
+
+    >>> sorted(nodes_of("0-2,5", 8)), len(nodes_of("all", 8)), len(nodes_of("none", 8))
+    ([0, 1, 2, 5], 8, 0)
+    """
+    if text in ("all", "none"):
+        return frozenset(range(count if text == "all" else 0))
+    found: set[int] = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not ends:
+            raise ValueError("must be all, none or ranges as in 0-5,8")
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if not first <= last < count:
+            raise ValueError(f"must count up and stay below {count}")
+        found.update(range(first, last + 1))
+    return frozenset(found)
 
 
 def parse_spec(text: str, overrides: list[str] | tuple[str, ...] = ()) -> RunSpec:
@@ -340,12 +398,29 @@ def _check(spec: RunSpec) -> None:
     pools = [pool.name for pool in spec.pool]
     if len(set(pools)) != len(pools) or not pools:
         raise SpecError(f"run spec: pool names {pools} must be unique and at least one")
-    taken = sum(pool.gpus_per_node for pool in spec.pool)
-    if taken > cluster.gpus_per_node:
-        raise SpecError(
-            f"run spec: pools take {taken} GPUs of each node, "
-            f"cluster.gpus_per_node = {cluster.gpus_per_node}"
-        )
+    num_nodes = len(spec.node_names())
+    for pool in spec.pool:
+        try:
+            members = nodes_of(pool.nodes, num_nodes)
+        except ValueError as error:
+            raise SpecError(
+                f"run spec: pool {pool.name!r}: nodes = {pool.nodes!r} {error}"
+            ) from None
+        if not members and not cluster.elastic:
+            raise SpecError(
+                f"run spec: pool {pool.name!r}: nodes = {pool.nodes!r} needs cluster.elastic = true"
+            )
+    for node in range(num_nodes):
+        taken = sum(spec.pool[k].gpus_per_node for k in spec.pools_on(node))
+        if taken > cluster.gpus_per_node:
+            whose = (
+                "each node" if all(pool.nodes == "all" for pool in spec.pool) else f"node {node}"
+            )
+            raise SpecError(
+                f"run spec: pools take {taken} GPUs of {whose}, "
+                f"cluster.gpus_per_node = {cluster.gpus_per_node}"
+            )
+    _check_elastic(spec)
     for pool in spec.pool:
         if pool.gpus_per_node % pool.tp:
             raise SpecError(
@@ -379,7 +454,6 @@ def _check(spec: RunSpec) -> None:
                 f"run spec: slo_class {slo_class.name!r}: pool = {slo_class.pool!r} "
                 f"is none of {pools}"
             )
-    num_nodes = len(spec.node_names())
     for fault in spec.fault:
         for field, value, count in (
             ("node", fault.node, num_nodes),
@@ -419,12 +493,34 @@ def _check_plant(spec: RunSpec) -> None:
             raise SpecError(
                 f"run spec: fault.unit = {fault.unit} must be below {count} for {fault.kind}"
             )
-    taken = sum(pool.gpus_per_node for pool in spec.pool)
-    if spec.vms.count and spec.vms.gpus > cluster.gpus_per_node - taken:
+    spare = [
+        cluster.gpus_per_node - sum(spec.pool[k].gpus_per_node for k in spec.pools_on(node))
+        for node in range(cluster.rows * cluster.nodes_per_row)
+    ]
+    room = sum(gpus // spec.vms.gpus for gpus in spare)
+    if spec.vms.count > room:
         raise SpecError(
-            f"run spec: vms.gpus = {spec.vms.gpus} is more than the "
-            f"{cluster.gpus_per_node - taken} GPUs of a node that pools leave"
+            f"run spec: vms.count = {spec.vms.count} VMs of {spec.vms.gpus} GPUs; "
+            f"there is room for {room} on the GPUs that pools leave"
         )
+
+
+def _check_elastic(spec: RunSpec) -> None:
+    """What only runs that change their instances may say."""
+    if not spec.cluster.elastic:
+        if spec.reconfigure != ReconfigureSpec():
+            raise SpecError("run spec: reconfigure: needs cluster.elastic = true")
+        return
+    if spec.mode == "hardware":
+        raise SpecError(
+            "run spec: cluster.elastic = true: only emulated nodes can change their instances; "
+            "in hardware mode the pools stay as they are"
+        )
+    for name in Delays.__struct_fields__:
+        value = getattr(spec.reconfigure.delays, name)
+        low = 1.0 if name in ("storage_bytes_per_s", "pcie_bytes_per_s") else 0.0
+        if not low <= value < math.inf:
+            raise SpecError(f"run spec: reconfigure.delays.{name} = {value} must be >= {low:g}")
 
 
 def _floats(table: msgspec.Struct, path: str = "") -> list[tuple[str, float]]:

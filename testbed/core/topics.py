@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from testbed.core.messages import (
     Ack,
+    Arrange,
     Body,
     Bye,
     Gaps,
@@ -21,9 +22,11 @@ from testbed.core.messages import (
     Progress,
     Refused,
     Report,
+    Returned,
     Stop,
     Submit,
     TenantLimits,
+    Tune,
     Welcome,
 )
 
@@ -53,8 +56,11 @@ TOPICS: dict[type[Body], Topic] = {
     Report: Topic("telemetry", "node", "every sample_period_s", "gpus, instances, tenants"),
     Submit: Topic("control", "coordinator", "per request", "requests"),
     Progress: Topic("control", "node", "per first token and end", "requests"),
+    Returned: Topic("control", "node", "when requests are given up", "moves"),
     Gaps: Topic("control", "node", "every second", "itl"),
     Lease: Topic("control", "coordinator", "lease_s / 3, and on change", "commands"),
     TenantLimits: Topic("control", "coordinator", "on change", "commands"),
+    Arrange: Topic("control", "coordinator", "on change", "commands, layout"),
+    Tune: Topic("control", "coordinator", "on change", "commands"),
     Ack: Topic("control", "node", "answers Lease", "events"),
 }

@@ -10,7 +10,7 @@ Commands name what they act on by index into the same columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,18 @@ from testbed.core.messages import Request
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+
+OFF: Final = 0
+"""State of an instance slot: nothing is there, or its node has not begun yet."""
+STARTING: Final = 1
+"""The model is being loaded or re-sharded; serves from ``ready_s`` on."""
+UP: Final = 2
+DRAINING: Final = 3
+"""On its way out: serves what it has and takes nothing new."""
+
+PRECISIONS: Final = ("bf16", "fp8", "fp4", "int4", "native")
+"""Precisions of a model's layers, as `InstanceColumns.precision` counts them. ``native`` is that of
+the model's card where it is none of the others."""
 
 
 @dataclass(slots=True)
@@ -64,15 +76,31 @@ class GpuColumns:
 
 @dataclass(slots=True)
 class InstanceColumns:
-    """One row per serving instance. ``outstanding_tokens`` is the coordinator's own account."""
+    """One row per serving instance. ``outstanding_tokens`` is the coordinator's own account.
+
+    In a run with ``cluster.elastic`` a row is a slot: there is one per GPU, slot i is the instance
+    whose first GPU is GPU i of the cluster, and most slots are empty. So indices never move, and a
+    request sent to an index reaches what was there when the router saw it.
+    """
 
     name: tuple[str, ...]
     node: Ints
     pool: Ints
-    """Index into `View.pools`."""
+    """Index into `View.pools`; -1 for an empty slot."""
     up: Bools
-    """Takes requests: its node is heard from and it is not draining."""
+    """Takes requests: its node is heard from, it is loaded and it is not draining."""
     num_gpus: Ints
+    """Tensor-parallel degree: GPUs from its first one on. 0 for an empty slot."""
+    model: Ints
+    """Index into `View.models`; -1 for an empty slot."""
+    precision: Ints
+    """Index into `PRECISIONS`; -1 for an empty slot."""
+    state: Ints
+    """`OFF`, `STARTING`, `UP` or `DRAINING`, as its node reported last."""
+    ready_s: Floats
+    """When a starting instance will serve, or when one that is up began to."""
+    max_num_seqs: Ints
+    """Most sequences in a batch, see `SetBatch`; 0 for an empty slot."""
     t_s: Floats
     num_running: Ints
     num_waiting: Ints
@@ -128,6 +156,11 @@ class View:
     pool_priority: Ints
     pool_of_class: dict[str, int] = field(default_factory=dict)
     """Which pool serves a request's ``slo_class``."""
+    models: tuple[str, ...] = ()
+    """Models that instances may hold: those of the pools, then ``reconfigure.models``."""
+    model_quality_frac: Floats = field(default_factory=lambda: np.ones((0, len(PRECISIONS))))
+    """Quality of each model (row) at each precision (column) as its card declares it: the share of
+    MMLU questions answered. NaN where nothing is declared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +199,106 @@ class DrainInstance:
     why: str = ""
 
 
-Command = SetPowerLimit | LockClocks | SetMemoryLimit | DrainInstance
+# What follows but for `SetBatch` and the queues needs a run with ``cluster.elastic``.
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """An instance that a node should hold."""
+
+    first_gpu: int
+    """Counted on the node."""
+    tp: int
+    """GPUs from the first one on: 1, 2, 4 or 8."""
+    pool: int
+    """Index into `View.pools`: whose requests it serves, with that pool's engine settings."""
+    model: int
+    """Index into `View.models`; need not be the model that the run file gives the pool."""
+    precision: str = "bf16"
+    """One of `PRECISIONS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetLayout:
+    """Let a node hold these instances and no others.
+
+    The node compares with what it holds. What is in both goes on undisturbed (another pool is a
+    change of name only, where both pools have the same engine settings). What is not in ``layout``
+    drains: it serves what it has until that is done or ``reconfigure.drain_s`` have passed; the
+    rest is handed back and routed again. What is new starts once its GPUs are free, and takes
+    requests after the delay of ``how``. Where what leaves and what comes is the same model at the
+    same precision on overlapping GPUs, it is re-sharded: its requests are handed back at once and
+    the new instances serve some 0.1 s later (docs/decisions/0040).
+
+    The last layout said for a node stands; of several policies that of the highest precedence
+    holds, then that of the policy listed first. A ``layout`` of None takes a policy's word back.
+    """
+
+    node: int
+    """As in ``view.gpus.node``."""
+    layout: tuple[Placement, ...] | None
+    how: Literal["snapshot", "cold"] = "snapshot"
+    """Start from a snapshot in host memory, or from storage; cold, an empty node boots as well."""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SetBatch:
+    """Let each of ``instances`` run at most ``max_num_seqs`` sequences at once.
+
+    Holds until said otherwise or the slot's instance changes; 0 takes it back. What runs already
+    goes on. Of several policies' values the arbiter picks as it does for power limits.
+    """
+
+    instances: Ints
+    max_num_seqs: Ints | int
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OrderQueue:
+    """Serve waiting requests of ``instances`` in this order from now on.
+
+    A request's deadline is its arrival plus its class's ``ttft_s``.
+    """
+
+    instances: Ints
+    by: Literal["deadline", "arrival"] = "deadline"
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RecallWaiting:
+    """Take back what waits for a place in a batch of ``instances``, and route it again."""
+
+    instances: Ints
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Squash:
+    """Drop requests that wait in ``instances`` without a first token and are past their deadline.
+
+    They end as rejected; the recording's table ``moves`` says why.
+    """
+
+    instances: Ints
+    ttft_frac: float = 1.0
+    """Deadline: arrival plus so many times the class's ``ttft_s``."""
+    why: str = ""
+
+
+Command = (
+    SetPowerLimit
+    | LockClocks
+    | SetMemoryLimit
+    | DrainInstance
+    | SetLayout
+    | SetBatch
+    | OrderQueue
+    | RecallWaiting
+    | Squash
+)
 
 
 class Controller(Protocol):
@@ -251,6 +383,8 @@ def view_of(
     instances.node[:] = np.arange(count)
     instances.up[:] = True
     instances.num_gpus[:] = 1
+    instances.state[:] = UP
+    instances.max_num_seqs[:] = 256
     instances.t_s[:] = now_s
     if outstanding_tokens is not None:
         instances.outstanding_tokens[:] = outstanding_tokens
@@ -264,4 +398,6 @@ def view_of(
         pools=("default",),
         pool_priority=np.ones(1, np.int64),
         pool_of_class={"default": 0},
+        models=("llama-3.1-8b",),
+        model_quality_frac=np.full((1, len(PRECISIONS)), np.nan),
     )

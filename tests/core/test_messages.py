@@ -37,6 +37,12 @@ COLUMNS = [
     view.LockClocks,
     view.SetMemoryLimit,
     view.DrainInstance,
+    view.Placement,
+    view.SetLayout,
+    view.SetBatch,
+    view.OrderQueue,
+    view.RecallWaiting,
+    view.Squash,
 ]
 
 _UNITS = ("s", "w", "j", "c", "mhz", "bytes", "tokens", "rps", "tps", "hz", "frac", "count")
