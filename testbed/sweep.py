@@ -31,12 +31,12 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -94,6 +94,14 @@ class Job(NamedTuple):
     overrides: list[str]
     keep: str
     """Folder for the recording; empty to throw it away."""
+
+
+class _Numbered(Protocol):
+    @property
+    def number(self) -> int: ...
+
+
+_J = TypeVar("_J", bound=_Numbered)
 
 
 def load_sweep(path: Path) -> SweepSpec:
@@ -233,7 +241,9 @@ def run_sweep(
     left = [job for job in jobs if not (results / f"{job.number:06d}.json").exists()]
     done = len(jobs) - len(left)
     progress(done, len(jobs))
-    runs = _on_ray(left, address, workers) if engine == "ray" else _on_processes(left, workers)
+    runs = (
+        _on_ray(left, address, workers) if engine == "ray" else on_processes(left, workers, run_job)
+    )
     for number, result in runs:
         _write(results / f"{number:06d}.json", result)
         done += 1
@@ -285,8 +295,16 @@ def _write(path: Path, tree: Any) -> None:
 # Engines.
 
 
-def _on_processes(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Runs on processes of this machine, as they end; a killed worker's runs are begun again."""
+def on_processes(
+    jobs: Sequence[_J], workers: int, work: Callable[[_J], dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Runs on processes of this machine, as they end; a killed worker's runs are begun again.
+
+    Args:
+        jobs: what to do, each with its own number.
+        workers: runs at once; as many as there are cores for 0.
+        work: does one job in a worker; a function of a module.
+    """
     count = workers or os.cpu_count() or 1
     attempts = dict.fromkeys((job.number for job in jobs), 0)
     left = {job.number: job for job in jobs}
@@ -297,7 +315,7 @@ def _on_processes(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str
             try:
                 # As many as can run, and one each to go on with: what a broken pool takes down.
                 for job in itertools.islice(queue, 2 * count):
-                    waiting[pool.submit(run_job, job)] = job.number
+                    waiting[pool.submit(work, job)] = job.number
                 while waiting:
                     ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in ended:
@@ -306,7 +324,7 @@ def _on_processes(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str
                         del left[number]
                         yield number, result
                         for job in itertools.islice(queue, 1):
-                            waiting[pool.submit(run_job, job)] = job.number
+                            waiting[pool.submit(work, job)] = job.number
             except BrokenProcessPool:
                 for number in waiting.values():
                     attempts[number] += 1
