@@ -184,6 +184,8 @@ class Datacenter:
         """Since they were last taken."""
         self.dark: Bools = np.zeros(count, np.bool_)
         """Servers without power."""
+        self.hour = plant.start_hour
+        """Local hour of the year."""
         self.outside_c = 0.0
         self.server_w: Floats = np.zeros(count)
         self.airflow_m3_s: Floats = np.zeros(count)
@@ -211,6 +213,12 @@ class Datacenter:
         """What the air handlers of each aisle move."""
         capacity: Floats = self._ahu_m3_s * (self.plant.ahus_per_aisle - self._ahus_out)
         return capacity
+
+    @property
+    def aisle_rating_m3_s(self) -> Floats:
+        """What they move when all of them run."""
+        rating: Floats = self._ahu_m3_s * self.plant.ahus_per_aisle
+        return rating
 
     @property
     def row_limit_w(self) -> Floats:
@@ -297,8 +305,8 @@ class Datacenter:
 
     def _target_c(self) -> Floats:
         """Where inlet temperatures settle."""
-        hour = self.plant.start_hour + self.plant.speedup * (self._t_s or 0.0) / 3600.0
-        self.outside_c = outside_c = self._site.outside_c(hour)
+        self.hour = self.plant.start_hour + self.plant.speedup * (self._t_s or 0.0) / 3600.0
+        self.outside_c = outside_c = self._site.outside_c(self.hour)
         load = self.row_w.sum() / self._provisioned_w
         supply_c = supply_temp_c(outside_c, float(load))
         missing = 1.0 - self.aisle_capacity_m3_s / np.maximum(self.aisle_m3_s, 1e-9)

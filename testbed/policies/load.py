@@ -61,7 +61,7 @@ def _load(spec: PolicySpec, method: str) -> Any:
         value
         for value in vars(module).values()
         if inspect.isclass(value)
-        and value.__module__ == module.__name__
+        and f"{value.__module__}.".startswith(f"{module.__name__}.")
         and callable(getattr(value, method, None))
         and (not class_name or value.__name__ == class_name)
     ]
