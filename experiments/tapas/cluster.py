@@ -7,9 +7,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from emulators.fluid import CLOCKS, FlowTables, Lengths
+from emulators.fluid import FlowTables, Lengths
 from emulators.power import power_w
 from emulators.profiles import GpuProfile, load_gpu
 from testbed.core.spec import ClassSpec, PolicySpec, RunSpec, WorkloadSpec, parse_spec
@@ -17,7 +18,7 @@ from testbed.policies.load import load_controller, load_router
 from testbed.policies.tapas.configurator import LOAD_STEPS
 from testbed.shells.fluid import Config, Endpoint, FluidFleet, Tally, flow_of
 from testbed.workloads import open_workload
-from testbed.workloads.vms import demand_frac
+from testbed.workloads.vms import PERIOD_H, demand_frac
 
 BASE = Path(__file__).with_name("run.toml").read_text(encoding="utf-8")
 ROW_SERVERS = 40
@@ -53,7 +54,7 @@ def lengths(service: str) -> Lengths:
 def rate_rps(service: str, peak_rps: float, start_hour: float, t_s: float) -> float:
     """Requests per second of an endpoint at a time of the run."""
     curve = {"chat": "conversation", "code": "coding"}[service]
-    return peak_rps * float(demand_frac(curve, start_hour % 24.0 + t_s / 3600.0))
+    return peak_rps * float(demand_frac(curve, start_hour % PERIOD_H + t_s / 3600.0))
 
 
 @cache
@@ -119,3 +120,100 @@ def make_fleet(
     return FluidFleet(
         spec, load_gpu(spec.cluster.gpu), endpoints, CONFIGS, controllers, router
     )
+
+
+GRACE_S = 20.0
+"""How long the last-resort cap waits where a configurator may act first. A UPS bears 133 % for some
+100 s."""
+RUNGS = ("place", "route", "config")
+"""TAPAS's three controllers; an arm is those that are on, joined by ``+``."""
+
+
+def run(
+    arm: str,
+    overrides: list[str],
+    *,
+    oversubscription: float,
+    dt_s: float,
+    until_s: float,
+    sizing: float = SIZING,
+    tapas: dict[str, Any] | None = None,
+    saas_share: float = 0.5,
+) -> tuple[FluidFleet, Tally]:
+    """One run of the cluster.
+
+    Args:
+        arm: ``baseline`` (blind placement, balanced routing, static configuration, uniform cap),
+            ``none`` (the same without a cap), ``polca``, or rungs of TAPAS joined by ``+``, which
+            keep the baseline's cap as their last resort.
+        overrides: of the run file.
+        oversubscription: servers added under the limits of `ROW_SERVERS` a row.
+        dt_s, until_s: step and length.
+        sizing: see `SIZING`.
+        tapas: parameters of the policy to change.
+        saas_share: share of VMs that serve endpoints.
+    """
+    per_row = round(ROW_SERVERS * (1.0 + oversubscription))
+    vms = round(0.95 * 2 * per_row)
+    saas = round(saas_share * vms)
+    on = set() if arm in ("baseline", "none", "polca") else set(arm.split("+"))
+    cap = {"none": "none", "polca": "polca_cap"}.get(arm, "uniform_cap")
+    policies = [] if "place" in on else ['{use="blind_placement"}']
+    policies += ['{use="tapas"}'] if on & {"place", "config"} else []
+    policies += [] if cap == "none" else [f'{{use="{cap}",precedence="safety"}}']
+    sized = [
+        f"cluster.nodes_per_row={per_row}",
+        f"cluster.racks_per_row={math.ceil(per_row / 4)}",
+        f"plant.oversubscription_frac={per_row / ROW_SERVERS - 1.0}",
+        f"vms.count={vms - saas}",
+        f"policy=[{','.join(policies)}]",
+    ]
+    spec = parse_spec(BASE, [*sized, *overrides])
+    slo = spec.slo_class[0]
+    table = profiles(slo.ttft_s, slo.tpot_s)
+    planner = load_controller(
+        PolicySpec(use="tapas", params={"profiles": table, "period_s": dt_s, **(tapas or {})})
+    )
+    if on & {"place", "config"}:
+        _learn(spec, planner, saas, sizing)
+        planner.place, planner.configure = "place" in on, "config" in on
+    controllers = [
+        planner if policy.use == "tapas" else load_controller(_stepped(policy, dt_s, spec.seed, on))
+        for policy in spec.policy
+    ]
+    router = load_router(PolicySpec(use="tapas:TapasRouter")) if "route" in on else None
+    fleet = make_fleet(
+        spec, saas_vms=saas, controllers=controllers, router=router, sizing=sizing
+    )
+    return fleet, fleet.run(dt_s, until_s)
+
+
+def _stepped(policy: PolicySpec, dt_s: float, seed: int, on: set[str]) -> PolicySpec:
+    params: dict[str, Any] = {"period_s": dt_s}
+    if policy.use == "blind_placement":
+        params["seed"] = seed
+    if policy.use == "uniform_cap" and "config" in on:
+        params["grace_s"] = GRACE_S
+    return PolicySpec(use=policy.use, params=params, precedence=policy.precedence)
+
+
+def _learn(spec: RunSpec, planner: Any, saas: int, sizing: float) -> None:
+    """Let the planner watch the day before, under the baseline."""
+    assert spec.plant is not None
+    before = msgspec.structs.replace(spec.plant, start_hour=spec.plant.start_hour - 24.0)
+    policies = [
+        PolicySpec(use="blind_placement", params={"seed": spec.seed + 1000}),
+        PolicySpec(use="uniform_cap", params={"period_s": 300.0}, precedence="safety"),
+        PolicySpec(use="tapas"),
+    ]
+    yesterday = msgspec.structs.replace(spec, plant=before, policy=policies, fault=[])
+    planner.place = planner.configure = False
+    fleet = make_fleet(
+        yesterday,
+        saas_vms=saas,
+        controllers=[*(load_controller(policy) for policy in policies[:2]), planner],
+        router=None,
+        sizing=sizing,
+    )
+    fleet.run(300.0, 86_400.0)
+    planner.forget_time()

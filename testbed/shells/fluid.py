@@ -58,7 +58,7 @@ from testbed.core.view import (
     empty_instances,
     empty_tenants,
 )
-from testbed.workloads.vms import Vms, make_vms
+from testbed.workloads.vms import PERIOD_H, Vms, make_vms
 
 OPAQUE = (0.3, 0.4)
 """Tensor and memory activity of an opaque VM at full load: 660 W on an H100 (assumed)."""
@@ -158,7 +158,7 @@ class FluidFleet:
         controllers: Sequence[Any],
         router: Any = None,
         *,
-        reload_s: float = 60.0,
+        reload_s: float = 30.0,
     ) -> None:
         assert spec.plant is not None
         self.spec, self.profile = spec, profile
@@ -209,7 +209,7 @@ class FluidFleet:
             self.spec.seed,
             self.spec.duration_s,
             speedup=plant.speedup,
-            start_hour=plant.start_hour % 24.0,
+            start_hour=plant.start_hour % PERIOD_H,
         )
 
     def _make_view(self) -> View:

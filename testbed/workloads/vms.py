@@ -27,6 +27,8 @@ from testbed.workloads.lengths import DATA
 
 DAYS = ("2024-05-13", "2024-05-14")
 """A Monday and a Tuesday that both services' curves have; they repeat."""
+PERIOD_H = 24 * len(DAYS)
+"""A run that begins at this hour of the year, or a multiple, begins on the first of them."""
 UTC_OFFSET_H = -7
 """Sites' local time at the trace's hour 0 UTC: Pacific daylight time."""
 NUM_CUSTOMERS = 8
@@ -109,7 +111,7 @@ class Vms:
         self.spec = spec
         self.customers = make_customers(spec, seed)
         self._speedup, self._start_hour = speedup, start_hour
-        rng = np.random.default_rng([seed, 31])
+        rng = np.random.default_rng([seed, 31, int(start_hour)])
         customer: list[int] = []
         arrival_s: list[float] = []
         departure_s: list[float] = []

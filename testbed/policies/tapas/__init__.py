@@ -11,11 +11,11 @@ Periods, margins and percentiles are not known; those here are ours.
 
 >>> from testbed.core.view import view_of, with_facility
 >>> view = view_of([[0.0, 0.0], [600.0, 0.0]])
->>> view.gpus.instance[:] = -1
->>> view = with_facility(view, row_limit_w=1400.0, waiting=[-1])
+>>> view.gpus.instance[[0, 1, 3]] = -1
+>>> view = with_facility(view, row_limit_w=1400.0, inlet_c=[24.0, 20.0, 24.0, 24.0], waiting=[-1])
 >>> [command] = Tapas(configure=False).step(view)
->>> bool(view.gpus.row[command.nodes[0]] == 0)
-True
+>>> command.vms.tolist(), command.nodes.tolist()  # the cooler of the free places
+([0], [1])
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Tapas:
         temp_limit_c: temperature at which GPUs slow down.
         temp_margin_c: how far below it predictions must stay.
         margin: share of row power and aisle air that the allocator keeps free.
-        target: share of them that the configurator may use.
+        target, air_target: shares of row power and aisle air that the configurator may use.
         percentile: of VMs' power at an hour of the day that is planned with.
         observe_s: how often telemetry is learnt from.
         period_s: how often clocks and batches may move.
@@ -64,6 +64,7 @@ class Tapas:
         temp_margin_c: float = 3.0,
         margin: float = 0.05,
         target: float = 0.93,
+        air_target: float = 1.0,
         percentile: float = 0.95,
         demand_margin: float = 0.25,
         reload_period_s: float = 300.0,
@@ -81,6 +82,7 @@ class Tapas:
             profiles,
             temp_limit_c=temp_c,
             target=target,
+            air_target=air_target,
             demand_margin=demand_margin,
             reload_period_s=reload_period_s,
         )
@@ -101,6 +103,11 @@ class Tapas:
             emergency = in_emergency(facility)
             commands += self._configurator.step(view, models, emergency=emergency)
         return commands
+
+    def forget_time(self) -> None:
+        """Begin a new run with what was learnt in another: clocks start at zero again."""
+        self._observed_s = -np.inf
+        self._configurator.reset()
 
     def _learn(self, view: View, facility: Facility) -> Predictors:
         if self._models is None:

@@ -19,7 +19,6 @@ from testbed.policies import PlaceVm
 from testbed.policies.tapas.predictors import HOURS, Predictors
 
 _ROW_STEP = 0.02
-_HOT_OUTSIDE_PERCENTILE = 100.0
 
 
 class Allocator:
@@ -71,7 +70,7 @@ class Allocator:
         excess += np.maximum(temp_c - self.temp_limit_c, 0.0) / 50.0
         opaque = vms.pool[vm] < 0
         mix = plan.mix_with(room, opaque)
-        warm = plan.offset_c[room] * (1.0 if opaque else -1.0)
+        warm = temp_c if opaque else -temp_c
         keys = (warm, np.round(mix, 2), np.floor(row_load / _ROW_STEP), np.round(excess, 3))
         return int(room[np.lexsort(keys)[0]])
 
@@ -97,9 +96,7 @@ class _Plan:
             self.add(vms, int(vm), int(vms.node[vm]), take=False)
         sold = np.flatnonzero(vms.node >= -1)
         self._opaque_share = float((vms.pool[sold] < 0).mean()) if len(sold) else 0.5
-        self.offset_c = models.inlet.offset_c
         self._inlet_c = models.inlet.inlet_c(outside_c, 0.9)
-        self._order = np.argsort(gpus.node, kind="stable")
 
     def expected_w(self, vms: VmColumns, vm: int) -> Floats:
         """Power of a VM's GPUs together, by hour."""

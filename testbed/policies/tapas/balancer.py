@@ -37,8 +37,8 @@ class TapasRouter:
         self,
         *,
         temp_limit_c: float = 87.0,
-        temp_ramp_c: float = 10.0,
-        temp_margin_c: float = 3.0,
+        temp_ramp_c: float = 6.0,
+        temp_margin_c: float = 2.0,
         ramp: float = 0.88,
         top: float = 0.97,
         lean: float = 2.0,
@@ -74,7 +74,10 @@ class TapasRouter:
             view.instances.name
         ):
             self._made_s = view.now_s
-            self._weights = self._table(view)
+            table = self._table(view)
+            # Half way at a time: all at once, the load would swing between two rows.
+            same = len(self._weights) == len(table)
+            self._weights = (self._weights + table) / 2 if same else table
         return self._weights
 
     def _table(self, view: View) -> Floats:

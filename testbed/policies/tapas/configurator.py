@@ -16,11 +16,12 @@ it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from testbed.core.view import PRECISIONS, Bools, Facility, Floats, Ints
+from testbed.core.view import PRECISIONS, STARTING, UP, Bools, Facility, Floats, Ints
 from testbed.policies import Command, LockClocks, Placement, SetBatch, SetLayout, View
 from testbed.policies.tapas.predictors import Predictors
 
@@ -29,6 +30,12 @@ LOAD_STEPS = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
 _KEEP = 0.03
 """Power by which another configuration must be better for a change."""
 _ROUNDS = 2
+_DRAIN_S = 60.0
+"""What waits should be served in this time."""
+_EMERGENCY_FRAC = 0.5
+"""Part of a pool that may reload at once in an emergency: the others go on serving."""
+_DWELL_S = 120.0
+"""An instance that was reloaded stays what it is for so long."""
 
 
 class Profiles:
@@ -49,9 +56,22 @@ class Profiles:
                     f"profiles[{place}] must have {', '.join(sorted(wanted))}, with "
                     f"{len(LOAD_STEPS)} values of gpu_w"
                 )
-        self.pool = [str(row["pool"]) for row in rows]
-        self.model = [str(row["model"]) for row in rows]
-        self.precision = [str(row["precision"]) for row in rows]
+        self.kind = [
+            (str(row["pool"]), str(row["model"]), str(row["precision"]), int(row["tp"]))
+            for row in rows
+        ]
+        """Pool, model, precision and parallelism: what takes a reload to change."""
+        kinds = list(dict.fromkeys(self.kind))
+        self.of_kind = {kind: number for number, kind in enumerate(kinds)}
+        numbers: dict[tuple[str, ...], int] = {}
+        self.pool_of_kind: Ints = np.array(
+            [numbers.setdefault(k[:1], len(numbers)) for k in kinds], np.int64
+        )
+        self.model_of_kind: Ints = np.array(
+            [numbers.setdefault(k[:3], len(numbers)) for k in kinds], np.int64
+        )
+        """Pool, and pool with model and precision, of each kind, as numbers."""
+        self.kind_number: Ints = np.array([self.of_kind[kind] for kind in self.kind], np.int64)
         self.tp: Ints = np.array([row["tp"] for row in rows], np.int64)
         self.batch: Ints = np.array([row["max_num_seqs"] for row in rows], np.int64)
         self.clock_frac: Floats = np.array([row["clock_frac"] for row in rows], float)
@@ -60,29 +80,47 @@ class Profiles:
             -1, len(LOAD_STEPS)
         )
 
-    def power_w(self, members: Ints, need_tps: Floats) -> Floats:
-        """Power per GPU of configurations ``members`` (columns) at demands (rows)."""
-        used = np.clip(need_tps[:, None] / self.goodput_tps[members], 0.0, 1.0)
+    def power_w(self, need_tps: Floats) -> Floats:
+        """Power per GPU of every configuration (columns) at demands (rows)."""
+        used = np.clip(need_tps[:, None] / self.goodput_tps, 0.0, 1.0)
         place = used * (len(LOAD_STEPS) - 1)
         left = np.minimum(place.astype(np.int64), len(LOAD_STEPS) - 2)
-        table = self.gpu_w[members]
-        column = np.arange(len(members))[None, :]
-        low, high = table[column, left], table[column, left + 1]
+        column = np.arange(len(self.tp))[None, :]
+        low, high = self.gpu_w[column, left], self.gpu_w[column, left + 1]
         power: Floats = low + (place - left) * (high - low)
         return power
 
+    def quality_frac(self, view: View) -> Floats:
+        """Quality of every configuration as the view declares it; 1 where nothing is declared."""
+        places = [
+            (view.models.index(model), PRECISIONS.index(precision))
+            if model in view.models
+            else (-1, -1)
+            for _, model, precision, _ in self.kind
+        ]
+        models, precisions = np.array(places).T
+        quality = np.where(models < 0, 0.0, view.model_quality_frac[models, precisions])
+        return np.where(np.isnan(quality), 1.0, quality)
 
-class _Instance(NamedTuple):
-    """Where an instance is and what it is."""
 
-    index: int
-    node: int
-    first_gpu: int
-    """Index in the view."""
-    span: int
-    """GPUs that it may use."""
-    config: int
-    """Index of its profile."""
+@dataclass(frozen=True, slots=True)
+class _Instances:
+    """Instances that can be told something, in columns."""
+
+    index: Ints
+    """In the view."""
+    node: Ints
+    first_gpu: Ints
+    """In the view."""
+    span: Ints
+    """GPUs that each may use: as many as it had at first."""
+    pool: Ints
+    kind: Ints
+    """Of what each is now."""
+    config: Ints
+    """Index of the profile that each is."""
+    own: Ints
+    """Kind of what each was at first, by number; its model and precision are the pool's own."""
 
 
 class Configurator:
@@ -91,7 +129,8 @@ class Configurator:
     Args:
         profiles: what was measured.
         temp_limit_c: highest predicted GPU temperature.
-        target: share of row power and aisle air that may be used.
+        target: share of row power that may be used.
+        air_target: the same of aisle air; a shortage is no trip, it warms: 1 C per 2 %.
         demand_margin: how much more than was served lately an instance must be able to serve.
         reload_period_s: how often models, precision and parallelism may change.
         reload_frac: part of a pool that may change at once in normal operation.
@@ -103,40 +142,54 @@ class Configurator:
         *,
         temp_limit_c: float,
         target: float,
+        air_target: float = 1.0,
         demand_margin: float = 0.25,
         reload_period_s: float = 300.0,
         reload_frac: float = 0.2,
         memory_s: float = 300.0,
     ) -> None:
         self.profiles = Profiles(profiles)
-        self.temp_limit_c, self.target = temp_limit_c, target
+        self.temp_limit_c, self.target, self.air_target = temp_limit_c, target, air_target
         self.demand_margin, self.memory_s = demand_margin, memory_s
         self.reload_period_s, self.reload_frac = reload_period_s, reload_frac
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget instances and times."""
         self._reloaded_s = -np.inf
         self._tokens: Floats = np.zeros(0)
         self._then_s = 0.0
         self._demand_tps: Floats = np.zeros(0)
         self._span: dict[int, int] = {}
-        self._own: dict[int, tuple[str, str]] = {}
+        self._own: dict[int, int] = {}
         self._lock: dict[int, float] = {}
+        self._reload_s: dict[int, float] = {}
+        self._quality: Floats = np.zeros(0)
 
     def step(self, view: View, models: Predictors, *, emergency: bool) -> list[Command]:
         """Commands for instances that should be something else."""
         demand_tps = self._observe(view)
         facility = view.facility
-        if facility is None or not len(self.profiles.pool):
+        if facility is None or not len(self.profiles.tp):
             return []
-        instances = self._instances(view)
-        if not instances:
+        them = self._instances(view)
+        if not len(them.index):
             return []
+        if len(self._quality) != len(self.profiles.tp):
+            self._quality = self.profiles.quality_frac(view)
         slow = emergency or view.now_s - self._reloaded_s >= self.reload_period_s - 1e-9
         if slow:
             self._reloaded_s = view.now_s
-        choice = self._choose(view, facility, models, instances, demand_tps, emergency, slow)
-        return self._say(view, instances, choice, emergency)
+        need_tps = demand_tps[them.index] * (1.0 + self.demand_margin)
+        rested = np.array(
+            [view.now_s - self._reload_s.get(k, -np.inf) >= _DWELL_S for k in them.index.tolist()]
+        )
+        allowed = self._allowed(them, slow & rested, emergency=emergency)
+        choice = self._choose(view, facility, models, them, need_tps, allowed, emergency)
+        return self._say(view, them, choice, emergency)
 
     def _observe(self, view: View) -> Floats:
-        """Tokens per second asked of each instance: what it did, or everything if some wait."""
+        """Tokens per second asked of each instance: what it did, and what waits, soon."""
         instances = view.instances
         tokens = (instances.prompt_tokens_total + instances.output_tokens_total).astype(float)
         dt_s = view.now_s - self._then_s
@@ -149,153 +202,137 @@ class Configurator:
             # Rises are followed at once, falls slowly.
             self._demand_tps = np.maximum(now_tps, now_tps + (self._demand_tps - now_tps) * keep)
             self._tokens, self._then_s = tokens, view.now_s
-        return np.where(instances.num_waiting > 0, np.inf, self._demand_tps)
+        held = np.maximum(instances.num_waiting + instances.num_running, 1)
+        waiting_tokens = instances.outstanding_tokens * instances.num_waiting / held
+        return self._demand_tps + waiting_tokens / _DRAIN_S
 
-    def _instances(self, view: View) -> list[_Instance]:
-        gpus, columns = view.gpus, view.instances
+    def _instances(self, view: View) -> _Instances:
+        gpus, columns, table = view.gpus, view.instances, self.profiles
         served = np.flatnonzero(gpus.instance >= 0)
         owners, first = np.unique(gpus.instance[served], return_index=True)
-        found: list[_Instance] = []
-        for index, gpu in zip(owners.tolist(), served[first].tolist(), strict=True):
-            if columns.model[index] < 0:
-                continue
+        up = columns.state[owners] == UP
+        owners, first = owners[up], served[first[up]]
+        rows: list[tuple[int, ...]] = []
+        for index, gpu in zip(owners.tolist(), first.tolist(), strict=True):
+            kind = table.of_kind.get(
+                (
+                    view.pools[columns.pool[index]],
+                    view.models[columns.model[index]],
+                    PRECISIONS[columns.precision[index]],
+                    int(columns.num_gpus[index]),
+                ),
+                -1,
+            )
+            if kind < 0:
+                continue  # nothing is known of what it is
             span = self._span.setdefault(gpu, int(columns.num_gpus[index]))
-            config = self._profile_of(view, index)
-            if config >= 0:
-                found.append(_Instance(index, int(columns.node[index]), gpu, span, config))
-        return found
+            own = self._own.setdefault(int(columns.pool[index]), kind)
+            rows.append(
+                (index, int(columns.node[index]), gpu, span, int(columns.pool[index]), kind, own)
+            )
+        found = np.array(rows, np.int64).reshape(-1, 7).T
+        index, node, gpu_, span_, pool, kind_, own_ = found
+        clock = np.array([self._lock.get(k, 1.0) for k in index.tolist()])
+        far = np.where(kind_[:, None] == table.kind_number, 0.0, np.inf)
+        far = far + np.abs(clock[:, None] - table.clock_frac)
+        far += np.abs(columns.max_num_seqs[index][:, None] - table.batch) / 1e3
+        return _Instances(index, node, gpu_, span_, pool, kind_, far.argmin(axis=1), own_)
 
-    def _profile_of(self, view: View, index: int) -> int:
-        """The profile that an instance is nearest to."""
-        columns, table = view.instances, self.profiles
-        pool = view.pools[columns.pool[index]]
-        model = view.models[columns.model[index]]
-        precision = PRECISIONS[columns.precision[index]]
-        self._own.setdefault(int(columns.pool[index]), (model, precision))
-        clock = self._lock.get(index, 1.0)
-        best, distance = -1, np.inf
-        for place in range(len(table.pool)):
-            same = (table.pool[place], table.model[place], table.precision[place])
-            if same != (pool, model, precision) or table.tp[place] != columns.num_gpus[index]:
-                continue
-            far = abs(table.clock_frac[place] - clock)
-            far += abs(table.batch[place] - columns.max_num_seqs[index]) / 1e3
-            if far < distance:
-                best, distance = place, far
-        return best
+    def _allowed(self, them: _Instances, free: Bools, *, emergency: bool) -> Bools:
+        """Which profiles (columns) each instance may take now; only ``free`` ones may reload."""
+        table = self.profiles
+        same = them.kind[:, None] == table.kind_number
+        pool, model = table.pool_of_kind, table.model_of_kind
+        fits = pool[them.kind][:, None] == pool[table.kind_number]
+        fits &= table.tp <= them.span[:, None]
+        if not emergency:
+            # Of the quality that the pool was given; what is something else may return.
+            fits &= model[them.own][:, None] == model[table.kind_number]
+        return (fits & free[:, None]) | same
 
     def _choose(
         self,
         view: View,
         facility: Facility,
         models: Predictors,
-        instances: list[_Instance],
-        demand_tps: Floats,
+        them: _Instances,
+        need_tps: Floats,
+        allowed: Bools,
         emergency: bool,
-        slow: bool,
     ) -> Ints:
         """A profile for each instance."""
-        gpu_limit_w = models.heat.power_at_w(
-            facility.servers.inlet_c[view.gpus.node], self.temp_limit_c
-        )
-        nodes = np.array([one.node for one in instances])
-        need = np.array([demand_tps[one.index] for one in instances])
-        need = need * (1.0 + self.demand_margin)
-        options = [self._options(view, one, emergency, slow) for one in instances]
-        room_w = np.full(len(instances), np.inf)
-        choice = np.array([one.config for one in instances])
+        table, rows = self.profiles, np.arange(len(them.index))
+        power_w = table.power_w(need_tps)
+        idle_w = table.gpu_w[:, 0]
+        total_w = power_w * table.tp + idle_w * np.maximum(them.span[:, None] - table.tp, 0)
+        fits = allowed & (power_w <= self._gpu_limit_w(view, facility, models, them))
+        enough = table.goodput_tps >= need_tps[:, None]
+        room_w = np.full(len(rows), np.inf)
+        choice = them.config
         for _ in range(_ROUNDS):
-            liked_w = np.zeros(len(instances))
-            for place, one in enumerate(instances):
-                choice[place], liked_w[place] = self._pick(
-                    view, one, options[place], need[place], room_w[place], gpu_limit_w, emergency
-                )
-            room_w = np.minimum(room_w, self._room_w(view, facility, models, nodes, liked_w))
+            within = fits & (total_w <= room_w[:, None])
+            choice = self._best(them, allowed, within, enough, total_w, emergency)
+            liked_w = total_w[rows, choice]
+            left_w = self._room_w(facility, models, them.node, liked_w)
+            room_w = np.minimum(room_w, left_w)
         return choice
 
-    def _options(self, view: View, one: _Instance, emergency: bool, slow: bool) -> Ints:
-        table = self.profiles
-        pool = view.pools[view.instances.pool[one.index]]
-        own = self._own[int(view.instances.pool[one.index])]
-        now = (table.model[one.config], table.precision[one.config], int(table.tp[one.config]))
-        fits: list[int] = []
-        for place in range(len(table.pool)):
-            if table.pool[place] != pool or table.tp[place] > one.span:
-                continue
-            kind = (table.model[place], table.precision[place])
-            if not slow and (*kind, int(table.tp[place])) != now:
-                continue
-            if kind != own and kind != now[:2] and not emergency:
-                continue
-            fits.append(place)
-        return np.array(fits, np.int64)
-
-    def _pick(
+    def _best(
         self,
-        view: View,
-        one: _Instance,
-        options: Ints,
-        need_tps: float,
-        room_w: float,
-        gpu_limit_w: Floats,
+        them: _Instances,
+        allowed: Bools,
+        within: Bools,
+        enough: Bools,
+        total_w: Floats,
         emergency: bool,
-    ) -> tuple[int, float]:
-        """The best profile for one instance, and what its GPUs would draw together."""
-        table = self.profiles
-        serves = np.minimum(need_tps, table.goodput_tps[options])
-        power_w = table.power_w(options, np.array([min(need_tps, 1e12)]))[0]
-        own_w = np.array(
-            [gpu_limit_w[one.first_gpu : one.first_gpu + int(tp)].min() for tp in table.tp[options]]
-        )
-        idle_w = table.gpu_w[options, 0]
-        total_w = power_w * table.tp[options] + idle_w * (one.span - table.tp[options])
-        fits = (power_w <= own_w) & (total_w <= room_w)
-        quality = self._quality(view, options)
-        enough = serves >= min(need_tps, 1e12)
-        if not fits.any():
-            # The least excess: nothing fits, so as little as there is.
-            place = int(np.argmin(total_w))
-        elif (fits & enough).any():
-            good = fits & enough
-            good &= quality >= quality[good].max() - 1e-9
-            cost = np.where(good, total_w, np.inf)
-            place = int(np.argmin(cost))
-            same = np.flatnonzero(options == one.config)
-            if len(same) and good[same[0]] and cost[same[0]] <= cost[place] * (1 + _KEEP):
-                place = int(same[0])
-        else:
-            good = fits if emergency else fits & (quality >= quality[fits].max() - 1e-9)
-            place = int(np.argmax(np.where(good, table.goodput_tps[options], -1.0)))
-        return int(options[place]), float(total_w[place])
+    ) -> Ints:
+        """The best profile of each instance among those within the limits."""
+        table, quality, rows = self.profiles, self._quality, np.arange(len(within))
 
-    def _quality(self, view: View, options: Ints) -> Floats:
-        table = self.profiles
-        quality = np.array(
-            [
-                view.model_quality_frac[
-                    view.models.index(table.model[k]), PRECISIONS.index(table.precision[k])
-                ]
-                for k in options
-            ]
+        def finest(mask: Bools) -> Bools:
+            best = np.where(mask, quality, -1.0).max(axis=1)
+            return mask & (quality >= best[:, None] - 1e-9)
+
+        # First wish: all of the demand, at the best quality, with the least power.
+        good = finest(within & enough)
+        cost = np.where(good, total_w, np.inf)
+        choice = cost.argmin(axis=1)
+        stays = good[rows, them.config]
+        stays &= total_w[rows, them.config] <= cost[rows, choice] * (1.0 + _KEEP)
+        choice = np.where(stays, them.config, choice)
+        # Else as much of the demand as fits; else as little power as there is.
+        most = within if emergency else finest(within)
+        serving = np.where(most, table.goodput_tps, -1.0).argmax(axis=1)
+        least = np.where(allowed, total_w, np.inf).argmin(axis=1)
+        choice = np.where(good.any(axis=1), choice, np.where(most.any(axis=1), serving, least))
+        return choice
+
+    def _gpu_limit_w(
+        self, view: View, facility: Facility, models: Predictors, them: _Instances
+    ) -> Floats:
+        """What each GPU of instances (rows) in profiles (columns) may draw and stay cool."""
+        limit_w = models.heat.power_at_w(
+            facility.servers.inlet_c[view.gpus.node], self.temp_limit_c
         )
-        return np.where(np.isnan(quality), 1.0, quality)
+        allowed_w = np.empty((len(them.index), len(self.profiles.tp)))
+        for tp in np.unique(self.profiles.tp):
+            members = them.first_gpu[:, None] + np.arange(tp)
+            lowest = limit_w[np.minimum(members, len(limit_w) - 1)].min(axis=1)
+            allowed_w[:, self.profiles.tp == tp] = lowest[:, None]
+        return allowed_w
 
     def _room_w(
-        self,
-        view: View,
-        facility: Facility,
-        models: Predictors,
-        nodes: Ints,
-        liked_w: Floats,
+        self, facility: Facility, models: Predictors, nodes: Ints, liked_w: Floats
     ) -> Floats:
         """What the GPUs of each instance may draw: its part of what row and aisle leave."""
         servers = facility.servers
         room_w = np.full(len(nodes), np.inf)
-        for group, used, limit, of_gpus, back in (
+        for group, used, limit, target, of_gpus, back in (
             (
                 servers.row,
                 servers.draw_w,
                 facility.row_limit_w,
+                self.target,
                 models.server.draw_w,
                 models.server.gpus_for_draw_w,
             ),
@@ -303,6 +340,7 @@ class Configurator:
                 servers.aisle,
                 servers.airflow_m3_s,
                 facility.aisles.capacity_m3_s,
+                self.air_target,
                 models.server.airflow_m3_s,
                 models.server.gpus_for_airflow_w,
             ),
@@ -312,7 +350,7 @@ class Configurator:
                 mine = group[nodes] == index
                 others = np.flatnonzero(group == index)
                 others = others[~np.isin(others, nodes)]
-                left = self.target * limit[index] - used[others].sum()
+                left = target * limit[index] - used[others].sum()
                 asked = wanted[mine].sum()
                 if asked > left:
                     part = wanted[mine] * max(left, 0.0) / asked
@@ -320,59 +358,53 @@ class Configurator:
         return room_w
 
     def _say(
-        self, view: View, instances: list[_Instance], choice: Ints, emergency: bool
+        self, view: View, them: _Instances, choice: Ints, emergency: bool
     ) -> list[Command]:
         table, columns = self.profiles, view.instances
         commands: list[Command] = []
-        clocks: list[tuple[Ints, float]] = []
-        batches: list[tuple[int, int]] = []
-        reloads: dict[int, int] = {}
-        for one, config in zip(instances, choice.tolist(), strict=True):
-            if columns.state[one.index] != 2:
-                continue
-            kind = (table.model[config], table.precision[config], table.tp[config])
-            now = (table.model[one.config], table.precision[one.config], table.tp[one.config])
-            if kind != now:
-                pool = int(columns.pool[one.index])
-                size = int((columns.pool == pool).sum())
-                most = size if emergency else max(1, int(self.reload_frac * size))
-                if reloads.get(pool, 0) >= most:
-                    continue
-                reloads[pool] = reloads.get(pool, 0) + 1
-                commands.append(self._layout(view, one, config))
-            clock = float(table.clock_frac[config])
-            if self._lock.get(one.index, 1.0) != clock or kind != now:
-                self._lock[one.index] = clock
-                members = np.arange(one.first_gpu, one.first_gpu + one.span)
-                clocks.append((members, clock))
-            if columns.max_num_seqs[one.index] != table.batch[config] and kind == now:
-                batches.append((one.index, int(table.batch[config])))
-        if clocks:
-            members = np.concatenate([gpus for gpus, _ in clocks])
-            frac = np.concatenate([np.full(len(gpus), clock) for gpus, clock in clocks])
-            top_mhz = view.gpus.sm_clock_max_mhz[members]
-            mhz = np.where(frac >= 1.0, 0.0, np.floor(frac * top_mhz))
+        reload = table.kind_number[choice] != them.kind
+        for pool in np.unique(them.pool):
+            mine = np.flatnonzero(reload & (them.pool == pool))
+            size = int((columns.pool == pool).sum())
+            most = max(1, int((_EMERGENCY_FRAC if emergency else self.reload_frac) * size))
+            most = max(0, most - int(((columns.pool == pool) & (columns.state == STARTING)).sum()))
+            reload[mine[most:]] = False
+            choice[mine[most:]] = them.config[mine[most:]]
+        for place in np.flatnonzero(reload):
+            self._reload_s[int(them.index[place])] = view.now_s
+            commands.append(self._layout(view, them, int(place), int(choice[place])))
+        clock = table.clock_frac[choice]
+        before = np.array([self._lock.get(k, 1.0) for k in them.index.tolist()])
+        moved = np.flatnonzero((clock != before) | reload)
+        if len(moved):
+            self._lock.update(zip(them.index[moved].tolist(), clock[moved].tolist(), strict=True))
+            spans = [them.first_gpu[k] + np.arange(them.span[k]) for k in moved]
+            members = np.concatenate(spans)
+            frac = np.repeat(clock[moved], them.span[moved])
+            mhz = np.floor(frac * view.gpus.sm_clock_max_mhz[members])
+            mhz = np.where(frac >= 1.0, 0.0, mhz)
             commands.append(LockClocks(members, mhz, "least draw that serves the demand"))
-        if batches:
-            which, sizes = np.array(batches).T
-            commands.append(SetBatch(which, sizes, "least draw that serves the demand"))
+        batch = table.batch[choice]
+        resized = np.flatnonzero((columns.max_num_seqs[them.index] != batch) & ~reload)
+        if len(resized):
+            commands.append(
+                SetBatch(them.index[resized], batch[resized], "least draw that serves the demand")
+            )
         return commands
 
-    def _layout(self, view: View, one: _Instance, config: int) -> SetLayout:
+    def _layout(self, view: View, them: _Instances, place: int, config: int) -> SetLayout:
         """The node as it is, with one instance changed."""
         table, columns, gpus = self.profiles, view.instances, view.gpus
-        start = int(np.flatnonzero(gpus.node == one.node)[0])
+        node = int(them.node[place])
+        start = int(np.flatnonzero(gpus.node == node)[0])
+        _, model, precision, tp = table.kind[config]
         layout: list[Placement] = []
-        for index in np.flatnonzero((columns.node == one.node) & (columns.model >= 0)).tolist():
-            if index == one.index:
-                new = Placement(
-                    one.first_gpu - start,
-                    int(table.tp[config]),
-                    int(columns.pool[index]),
-                    view.models.index(table.model[config]),
-                    table.precision[config],
+        for index in np.flatnonzero((columns.node == node) & (columns.model >= 0)).tolist():
+            if index == them.index[place]:
+                first, pool = int(them.first_gpu[place]), int(them.pool[place])
+                layout.append(
+                    Placement(first - start, tp, pool, view.models.index(model), precision)
                 )
-                layout.append(new)
             else:
                 first = int(np.flatnonzero(gpus.instance == index)[0])
                 layout.append(
@@ -384,5 +416,5 @@ class Configurator:
                         PRECISIONS[columns.precision[index]],
                     )
                 )
-        why = f"{table.model[config]} {table.precision[config]} tp {table.tp[config]}"
-        return SetLayout(one.node, tuple(layout), "snapshot", why)
+        why = f"{model} {precision} tp {tp} at {table.clock_frac[config]:.0%} of the clock"
+        return SetLayout(node, tuple(layout), "snapshot", why)
