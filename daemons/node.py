@@ -15,6 +15,7 @@ from testbed.core.errors import DeviceError
 from testbed.core.messages import (
     PROTOCOL_VERSION,
     Ack,
+    Arrange,
     Body,
     Bye,
     Envelope,
@@ -25,10 +26,12 @@ from testbed.core.messages import (
     Progress,
     Refused,
     Report,
+    Returned,
     Stop,
     Submit,
     TenantLimits,
     TenantReadings,
+    Tune,
     Welcome,
 )
 
@@ -119,8 +122,11 @@ class NodeDaemon:
             self.stopped, self.failed = f"the coordinator refused: {body.reason}", True
         elif isinstance(body, Submit):
             if self.config is not None:
-                self._serving.submit(body.instance, body.request, now_s)
+                self._serving.submit(body.instance, body.request, now_s, body.ttft_s)
                 self._report_progress(now_s)
+        elif isinstance(body, Arrange | Tune):
+            if self.config is not None:
+                self._change(body, now_s)
         elif isinstance(body, Lease):
             refused = self._guard.accept(body, now_s)
             if refused:
@@ -147,12 +153,26 @@ class NodeDaemon:
                 epoch=welcome.epoch,
                 now_s=now_s,
             )
-            self._serving.configure(config.instances, now_s)
+            if config.elastic:
+                self._serving.configure_slots(config, now_s)
+            else:
+                self._serving.configure(config.instances, now_s)
         except DeviceError as error:
             self.stopped, self.failed = str(error), True
             return
         self.welcome, self.config = welcome, config
         self._gaps_s = now_s
+
+    def _change(self, body: Arrange | Tune, now_s: float) -> None:
+        """Change instances, or something about them; a device that cannot says so in the log."""
+        try:
+            if isinstance(body, Arrange):
+                self._serving.arrange(body.sequence, body.instances, body.how, now_s)
+            else:
+                self._serving.tune(body.kind, body.instance, body.value_count, now_s)
+        except DeviceError as error:
+            self._log(f"refused: {error}")
+        self._report_progress(now_s)
 
     def serve(self, now_s: float) -> None:
         """Let the instances do what is due, and tell what became of requests."""
@@ -176,6 +196,17 @@ class NodeDaemon:
                 ),
                 now_s,
             )
+        returned = self._serving.drain_returned()
+        if returned:
+            self._send(
+                Returned(
+                    [request.request_id for request in returned],
+                    [request.instance for request in returned],
+                    [request.output_tokens for request in returned],
+                    [request.why for request in returned],
+                ),
+                now_s,
+            )
 
     def sample(self, now_s: float, late_s: float = 0.0) -> None:
         """Check the lease, read every device and report."""
@@ -193,6 +224,7 @@ class NodeDaemon:
                 self._guard.sequence,
                 self._guard.drift_total,
                 late_s,
+                self._serving.slots(),
             ),
             now_s,
         )

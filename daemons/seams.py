@@ -13,9 +13,14 @@ from testbed.core.messages import (
     GpuReadings,
     InstanceConfig,
     InstanceReadings,
+    NodeConfig,
     Request,
+    ReturnedWhy,
+    SlotReadings,
+    StartHow,
     TenantInfo,
     TenantReadings,
+    TuneKind,
 )
 
 
@@ -82,6 +87,30 @@ class ServingEvent(Protocol):
         ...
 
 
+class ReturnedRequest(Protocol):
+    """A request that an instance gave up before it ended."""
+
+    @property
+    def request_id(self) -> int:
+        """As submitted."""
+        ...
+
+    @property
+    def instance(self) -> int:
+        """Which instance gave it up."""
+        ...
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens given out since it was submitted there."""
+        ...
+
+    @property
+    def why(self) -> ReturnedWhy:
+        """See `testbed.core.messages.Returned`."""
+        ...
+
+
 class Serving(Protocol):
     """The instances on a node: told the time, asked when something happens next."""
 
@@ -96,8 +125,34 @@ class Serving(Protocol):
         """
         ...
 
-    def submit(self, instance: int, request: Request, t_s: float) -> None:
-        """Give a request to an instance."""
+    def configure_slots(self, config: NodeConfig, t_s: float) -> None:
+        """As `configure`, on a node whose instances may change: there is a slot per GPU.
+
+        Raises:
+            DeviceError: as for `configure`, or this kind of serving cannot do that.
+        """
+        ...
+
+    def arrange(
+        self, sequence: int, instances: list[InstanceConfig], how: StartHow, t_s: float
+    ) -> None:
+        """Hold these instances and no others, each from when it can be there.
+
+        Raises:
+            DeviceError: one cannot be held.
+        """
+        ...
+
+    def tune(self, kind: TuneKind, instances: list[int], values: list[float], t_s: float) -> None:
+        """A quick change to some instances, see `testbed.core.messages.Tune`.
+
+        Raises:
+            DeviceError: this kind of serving cannot do that.
+        """
+        ...
+
+    def submit(self, instance: int, request: Request, t_s: float, ttft_s: float) -> None:
+        """Give a request to an instance, and what it was promised (`Submit.ttft_s`)."""
         ...
 
     def advance_to(self, t_s: float) -> None:
@@ -113,12 +168,20 @@ class Serving(Protocol):
         """What happened since the last call, in order of time per instance."""
         ...
 
+    def drain_returned(self) -> Sequence[ReturnedRequest]:
+        """Requests given up since the last call."""
+        ...
+
     def drain_gaps(self) -> list[tuple[int, int, int]]:
         """Inter-token gaps since the last call: (instance, histogram bin, count)."""
         ...
 
     def read(self, t_s: float) -> InstanceReadings:
-        """Queue, batch and KV use of each instance."""
+        """Queue, batch and KV use of each instance, or slot."""
+        ...
+
+    def slots(self) -> SlotReadings:
+        """What each slot holds; empty columns where instances are fixed."""
         ...
 
     def close(self) -> None:

@@ -37,6 +37,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import ClassVar, Final, Literal, NamedTuple, Protocol
 
+import msgspec
+
 from testbed.core.messages import EngineConfig, Request
 
 EventKind = Literal["first_token", "finished", "rejected"]
@@ -199,6 +201,7 @@ class _Sequence:
     """Token state of one request inside the engine."""
 
     __slots__ = (
+        "arrival_s",
         "emitted",
         "end",
         "id",
@@ -212,10 +215,21 @@ class _Sequence:
         "start",
         "tiles",
         "to_prefill",
+        "ttft_s",
     )
 
-    def __init__(self, request_id: int, prompt: int, output: int, tiles: int) -> None:
+    def __init__(
+        self,
+        request_id: int,
+        prompt: int,
+        output: int,
+        tiles: int,
+        arrival_s: float,
+        ttft_s: float,
+    ) -> None:
         self.id = request_id
+        self.arrival_s = arrival_s
+        self.ttft_s = ttft_s  # promised from arrival to first token
         self.prompt = prompt
         self.output = output
         self.images = tiles
@@ -375,6 +389,7 @@ class Engine:
         self._workers = [0.0] * config.preprocess_workers  # when each CPU worker is free
         self._preparing: list[tuple[float, int, _Sequence]] = []
         self._waiting: deque[_Sequence] = deque()
+        self._by_deadline = False
         self._running: dict[int, _Sequence] = {}  # in order of admission
         self._prefilling: deque[_Sequence] = deque()
         self._ends: list[tuple[int, int, int, _Sequence]] = []
@@ -468,8 +483,10 @@ class Engine:
 
     # What others may ask.
 
-    def submit(self, request: Request, t_s: float) -> None:
+    def submit(self, request: Request, t_s: float, ttft_s: float = math.inf) -> None:
         """Take a request in at ``t_s``. One that can never fit is rejected at once.
+
+        ``ttft_s`` is what it was promised, from its arrival to its first token.
 
         Raises:
             ValueError: ``t_s`` lies before what `advance_to` has already passed.
@@ -488,7 +505,7 @@ class Engine:
         if self._ceil_blocks(prompt + output) > self.kv_blocks:
             self.events.append(Event(request.id, "rejected", t_s, 0))
             return
-        sequence = _Sequence(request.id, prompt, output, tiles)
+        sequence = _Sequence(request.id, prompt, output, tiles, request.arrival_s, ttft_s)
         if request.num_images and self._preprocess_s > 0:
             ready_s = self._prepare(request.num_images, t_s)
             heapq.heappush(self._preparing, (ready_s, request.id, sequence))
@@ -555,12 +572,72 @@ class Engine:
         block.seen_s = -1.0
         self.advance_to(block.t_end_s)
 
+    def set_batch(self, max_num_seqs: int, t_s: float) -> None:
+        """Run at most so many sequences from the next iteration on; what runs already goes on.
+
+        Raises:
+            ValueError: below 1, or not below ``max_batched_tokens``.
+        """
+        if not 1 <= max_num_seqs < self.config.max_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs = {max_num_seqs} must be in [1, {self.config.max_batched_tokens})"
+            )
+        self.advance_to(t_s)
+        self.config = msgspec.structs.replace(self.config, max_num_seqs=max_num_seqs)
+        self._cut_if_admitting(t_s)
+
+    def order(self, by_deadline: bool, t_s: float) -> None:
+        """Serve the queue by deadline, or by arrival, from now on; preempted ones stay in front."""
+        self.advance_to(t_s)
+        self._by_deadline = by_deadline
+        self._waiting = deque(sorted(self._waiting, key=self._rank))
+        self._cut_if_admitting(t_s)
+
+    def withdraw(self, t_s: float, late_frac: float = -1.0) -> list[tuple[int, int]]:
+        """Take requests out of the queue: their ids, and the tokens that each has given out.
+
+        With ``late_frac`` those only that have no token yet, and have waited for longer than so
+        many times what they were promised.
+        """
+        self.advance_to(t_s)
+        taken: list[tuple[int, int]] = []
+        kept: deque[_Sequence] = deque()
+        for sequence in self._waiting:
+            waited_s = t_s - sequence.arrival_s
+            late = sequence.emitted == 0 and waited_s > late_frac * sequence.ttft_s
+            if late_frac < 0.0 or late:
+                taken.append((sequence.id, sequence.emitted))
+            else:
+                kept.append(sequence)
+        self._waiting = kept
+        self._cut_if_admitting(t_s)
+        return taken
+
+    def progress(self, t_s: float) -> list[tuple[int, int]]:
+        """Ids of all requests, and the tokens that each has given out by ``t_s``."""
+        done = 0
+        if self._block is not None and self._block.num_seqs:
+            done = self._block.done_at(t_s)[0]
+        found = [(sequence.id, sequence.emitted) for _, _, sequence in self._preparing]
+        found += [(sequence.id, sequence.emitted) for sequence in self._waiting]
+        for sequence in self._running.values():
+            emitted = sequence.emitted
+            if sequence.end >= 0:
+                emitted = sequence.output - (sequence.end - self._decodes) + done
+            found.append((sequence.id, emitted))
+        return found
+
     def evict(self, t_s: float) -> list[int]:
         """Give up all requests at ``t_s`` (a reconfiguration or a crash); returns their ids.
 
         Work of the iteration in progress is counted, its tokens are lost.
         """
         self.advance_to(t_s)
+        block = self._block
+        if block is not None and block.num_seqs:
+            done = block.done_at(t_s)[0]
+            if done:
+                self.itl.add_series(block.first_s, block.growth_s, done, block.num_seqs)
         total = self.activity(t_s)
         self._encode_s, self._prefill_s, self._decode_s, self._flops, self._hbm_bytes = total
         ids = list(self.requests())
@@ -590,10 +667,29 @@ class Engine:
 
     def _enqueue(self, sequence: _Sequence, t_s: float) -> None:
         blocked = bool(self._waiting)
-        self._waiting.append(sequence)
+        if self._by_deadline:
+            place = len(self._waiting)
+            rank = self._rank(sequence)
+            while place and self._rank(self._waiting[place - 1]) > rank:
+                place -= 1
+            self._waiting.insert(place, sequence)
+            blocked = place > 0
+        else:
+            self._waiting.append(sequence)
         if self._block is None:
             self._plan(t_s)
         elif not blocked and self._could_admit(self._block):
+            self._cut(t_s)
+
+    def _rank(self, sequence: _Sequence) -> float:
+        """Place in the queue: lowest first. Who has a token was preempted and stays in front."""
+        if sequence.emitted:
+            return -math.inf
+        return sequence.arrival_s + (sequence.ttft_s if self._by_deadline else 0.0)
+
+    def _cut_if_admitting(self, t_s: float) -> None:
+        """The queue or the batch's limit has changed: plan again at the next boundary."""
+        if self._waiting and self._block is not None and self._could_admit(self._block):
             self._cut(t_s)
 
     def _could_admit(self, block: _Block) -> bool:

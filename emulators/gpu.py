@@ -88,6 +88,9 @@ class GpuBank:
         self.enforced_w: Floats = np.full(count, profile.power_limit_default_w)
         # The driver outlives the daemon: a re-attached state goes on counting.
         self.energy_j: Floats = state.measured["energy_mj"].astype(float) / 1000
+        self.unloaded_w: Floats | None = None
+        """What each GPU draws less than ``idle_w`` for having no model on it, where that counts."""
+        self._copies: list[tuple[int, float, float, float]] = []
         self._smooth_w: Floats = self.power_w.copy()
         self._thermal_frac: Floats = np.ones(count)
         self._history: deque[tuple[float, Floats]] = deque()
@@ -137,7 +140,11 @@ class GpuBank:
             hbm_frac: bytes moved over those at peak bandwidth, mean over the tick.
         """
         profile, control = self.profile, self.state.control
+        if self._copies:
+            hbm_frac = hbm_frac + self._copied(dt_s) / (dt_s * profile.hbm_bytes_per_s)
         self.power_w = power_w(profile, self.clock_frac, busy_frac, tensor_frac, hbm_frac)
+        if self.unloaded_w is not None:
+            self.power_w = self.power_w - self.unloaded_w
         lost = self.state.measured["lost"] != 0
         if lost.any():
             self.power_w = np.where(lost, 0.0, self.power_w)  # nobody can know, or limit it
@@ -241,6 +248,26 @@ class GpuBank:
                 measured["thermal_violation_ns"] += np.where(
                     reasons & (SW_THERMAL | HW_THERMAL), spent_ns, 0
                 ).astype(np.uint64)
+
+    def copy(self, gpu: int, from_s: float, to_s: float, num_bytes: float) -> None:
+        """Let a GPU's memory take in or give out so many bytes, evenly from one time to another.
+
+        Copy engines do it, beside kernels: it draws what that traffic draws, and no kernel shows.
+        """
+        self._copies.append((gpu, from_s, to_s, num_bytes / max(to_s - from_s, 1e-9)))
+
+    def end_copies(self, gpu: int) -> None:
+        """Whatever is copied to or from a GPU is given up."""
+        self._copies = [copy for copy in self._copies if copy[0] != gpu]
+
+    def _copied(self, dt_s: float) -> Floats:
+        """Bytes copied in the next ``dt_s``, per GPU."""
+        start_s, end_s = self._time_s, self._time_s + dt_s
+        moved = np.zeros(self.count)
+        for gpu, from_s, to_s, rate in self._copies:
+            moved[gpu] += rate * max(0.0, min(end_s, to_s) - max(start_s, from_s))
+        self._copies = [copy for copy in self._copies if copy[2] > end_s]
+        return moved
 
     def lose(self, gpu: int) -> None:
         """A GPU falls off the bus: from now on every call on it returns an error."""

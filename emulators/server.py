@@ -13,42 +13,74 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
+from emulators.elastic import Elastic
 from emulators.engine import Engine, Event
 from emulators.gpu import GpuBank
-from emulators.models import ModelCard, load_model
+from emulators.models import ModelCard, load_model, precision_of
 from emulators.profiles import GpuProfile
 from emulators.state import GpuState
-from emulators.timing import IterationCost
+from emulators.timing import IterationCost, Precision
 from testbed.core.errors import DeviceError, SpecError
 from testbed.core.messages import (
     GpuInfo,
     GpuReadings,
     InstanceConfig,
     InstanceReadings,
+    NodeConfig,
     Request,
+    ReturnedWhy,
+    SlotReadings,
+    StartHow,
+    TuneKind,
 )
 
 
+class GivenUp(NamedTuple):
+    """A request that an instance gave up before it ended, see `testbed.core.messages.Returned`."""
+
+    request_id: int
+    instance: int
+    output_tokens: int
+    why: ReturnedWhy
+
+
+NO_SLOTS = SlotReadings(0, [], [], [])
+
+
 class NodeServing:
-    """The engines of one node; answers `daemons.seams.Serving`."""
+    """The engines of one node; answers `daemons.seams.Serving`.
+
+    Engines are listed densely; `numbers` says by which instance number the coordinator knows each.
+    The two agree but on nodes that are elastic, where engines come and go (`emulators.elastic`).
+    """
 
     def __init__(self, bank: GpuBank, first_gpu: int, num_gpus: int) -> None:
         self._bank = bank
         self._first_gpu = first_gpu
         self._num_gpus = num_gpus
         self.engines: list[Engine] = []
+        self.numbers: list[int] = []
+        """Instance number of each engine."""
         self.gpu_lists: list[list[int]] = []
         """Indices into the bank of each engine's GPUs."""
         self.wakes_s: list[float] = []
         """When each engine's state changes next."""
         self.dead: set[int] = set()
-        """Engines that ended because a GPU of theirs is lost."""
+        """Instances that ended because a GPU of theirs is lost."""
         self.preprocess_slowdown = 1.0
+        self.on_removed: Callable[[Engine, list[int], float], None] = lambda engine, gpus, t_s: None
+        """Told of an engine that leaves, and the GPUs it leaves, when its work is still counted."""
+        self._place: dict[int, int] = {}
+        self._elastic: Elastic | None = None
+        self._events: list[Event] = []
+        self._gaps: list[tuple[int, int, int]] = []
+        self._returned: list[GivenUp] = []
 
     def configure(self, instances: list[InstanceConfig], t_s: float) -> None:
         """Load these models at once. Cold starts are a policy's business, not a run's beginning.
@@ -56,43 +88,126 @@ class NodeServing:
         Raises:
             DeviceError: a model is unknown, does not fit, or wants GPUs that are not there.
         """
-        for instance in instances:
-            try:
-                model = load_model(instance.model)
-                engine = build_engine(self._bank, model, instance)
-            except (SpecError, ValueError) as error:
-                raise DeviceError(f"instance {instance.name}: {error}") from None
-            if not all(0 <= gpu < self._num_gpus for gpu in instance.gpus):
-                raise DeviceError(
-                    f"instance {instance.name}: GPUs {instance.gpus}, the node has {self._num_gpus}"
-                )
-            engine.advance_to(t_s)
-            self.engines.append(engine)
-            self.wakes_s.append(engine.next_event_s)
-            members = [self._first_gpu + gpu for gpu in instance.gpus]
-            self.gpu_lists.append(members)
-            total = self._bank.profile.memory_bytes
-            ballast = instance.engine.ballast_bytes
-            used = int((total - ballast) * instance.engine.gpu_memory_frac) + ballast
-            for gpu in members:
-                self._bank.load(gpu, pid=os.getpid(), used_bytes=used)
+        for number, instance in enumerate(instances):
+            self.load(instance)
+            self.add(number, instance, t_s)
 
-    def submit(self, instance: int, request: Request, t_s: float) -> None:
-        """Give a request to an instance; one that has ended takes nothing in."""
+    def configure_slots(self, config: NodeConfig, t_s: float) -> None:
+        """As `configure`, where instances may change: an instance's number is its first GPU."""
+        self._elastic = Elastic(self, self._bank, self._first_gpu, self._num_gpus, config, t_s)
+
+    def arrange(
+        self,
+        sequence: int,
+        instances: list[InstanceConfig],
+        how: StartHow,
+        t_s: float,
+    ) -> None:
+        """Hold these instances and no others, see `emulators.elastic`."""
+        if self._elastic is None:
+            raise DeviceError("this node's instances are fixed: the run is not elastic")
+        self.advance_to(t_s)
+        self._elastic.arrange(sequence, instances, how, t_s)
+
+    # Engines, one by one.
+
+    def load(self, instance: InstanceConfig) -> None:
+        """Take the GPUs' memory that an instance will use.
+
+        Raises:
+            DeviceError: the GPUs are not there, or are taken.
+        """
+        if not all(0 <= gpu < self._num_gpus for gpu in instance.gpus):
+            raise DeviceError(
+                f"instance {instance.name}: GPUs {instance.gpus}, the node has {self._num_gpus}"
+            )
+        total = self._bank.profile.memory_bytes
+        ballast = instance.engine.ballast_bytes
+        used = int((total - ballast) * instance.engine.gpu_memory_frac) + ballast
+        for gpu in instance.gpus:
+            try:
+                self._bank.load(self._first_gpu + gpu, pid=os.getpid(), used_bytes=used)
+            except ValueError as error:
+                raise DeviceError(f"instance {instance.name}: {error}") from None
+
+    def add(self, number: int, instance: InstanceConfig, t_s: float) -> None:
+        """An instance begins to serve.
+
+        Raises:
+            DeviceError: its model is unknown or does not fit.
+        """
+        try:
+            engine = build_engine(self._bank, load_model(instance.model), instance)
+        except (SpecError, ValueError) as error:
+            raise DeviceError(f"instance {instance.name}: {error}") from None
+        engine.advance_to(t_s)
+        self._place[number] = len(self.engines)
+        self.engines.append(engine)
+        self.numbers.append(number)
+        self.wakes_s.append(engine.next_event_s)
+        self.gpu_lists.append([self._first_gpu + gpu for gpu in instance.gpus])
+
+    def remove(self, number: int, why: ReturnedWhy, t_s: float) -> Engine:
+        """An instance ends: what it had is handed back, what it did stays counted."""
+        place = self._place.pop(number)
+        engine, members = self.engines.pop(place), self.gpu_lists.pop(place)
+        self.numbers.pop(place)
+        self.wakes_s.pop(place)
+        self._place = {each: index for index, each in enumerate(self.numbers)}
+        engine.advance_to(t_s)
+        if number not in self.dead:  # what a lost GPU had, the coordinator has sent elsewhere
+            left = engine.progress(t_s)
+            self._returned += [GivenUp(request, number, tokens, why) for request, tokens in left]
+        self.dead.discard(number)
+        engine.evict(t_s)
+        self._events += engine.events
+        engine.events.clear()
+        self._gaps += [(number, bin_, count) for _, bin_, count in gaps_of([engine])]
+        self.on_removed(engine, members, t_s)
+        return engine
+
+    def engine(self, number: int) -> Engine:
+        """The engine of an instance."""
+        return self.engines[self._place[number]]
+
+    # What the daemon asks.
+
+    def submit(self, instance: int, request: Request, t_s: float, ttft_s: float = math.inf) -> None:
+        """Give a request to an instance; one whose GPU is lost takes nothing in."""
         if instance in self.dead:
             return
-        engine = self.engines[instance]
+        place = self._place.get(instance)
+        if place is None:  # it left, or is not ready: the request met the news of it on the way
+            self._returned.append(GivenUp(request.id, instance, 0, "gone"))
+            return
+        engine = self.engines[place]
         engine.preprocess_slowdown = self.preprocess_slowdown
-        engine.submit(request, max(t_s, engine.now_s))
-        self.wakes_s[instance] = engine.next_event_s
+        engine.submit(request, max(t_s, engine.now_s), ttft_s)
+        self.wakes_s[place] = engine.next_event_s
+
+    def tune(self, kind: TuneKind, instances: list[int], values: list[float], t_s: float) -> None:
+        """A quick change to some instances, see `testbed.core.messages.Tune`."""
+        for instance, value in zip(instances, values, strict=True):
+            self.tune_one(instance, kind, value, t_s)
+
+    def tune_one(self, instance: int, kind: TuneKind, value: float, t_s: float) -> None:
+        """The same to one instance."""
+        place = self._place.get(instance)
+        if place is not None and instance not in self.dead:
+            engine = self.engines[place]
+            self._returned += tune_engine(engine, instance, kind, value, t_s)
+            self.wakes_s[place] = engine.next_event_s
+        elif self._elastic is not None:
+            self._elastic.tune_later(instance, kind, value)
 
     def end_on(self, lost: set[int], t_s: float) -> None:
         """Engines on these GPUs of the bank crash, as a server does whose GPU is lost."""
-        for index, members in enumerate(self.gpu_lists):
-            if index not in self.dead and not lost.isdisjoint(members):
-                self.dead.add(index)
-                self.engines[index].evict(t_s)
-                self.wakes_s[index] = math.inf
+        for place, members in enumerate(self.gpu_lists):
+            number = self.numbers[place]
+            if number not in self.dead and not lost.isdisjoint(members):
+                self.dead.add(number)
+                self.engines[place].evict(t_s)
+                self.wakes_s[place] = math.inf
 
     def advance_to(self, t_s: float) -> None:
         """Let happen what is due by ``t_s``."""
@@ -102,34 +217,65 @@ class NodeServing:
                 engine = self.engines[index]
                 engine.advance_to(t_s)
                 wakes_s[index] = engine.next_event_s
+        if self._elastic is not None:
+            self._elastic.advance_to(t_s)
 
     @property
     def next_event_s(self) -> float:
         """When the next block of iterations of any engine ends; infinite when idle."""
-        return min(self.wakes_s, default=math.inf)
+        next_s = min(self.wakes_s, default=math.inf)
+        return next_s if self._elastic is None else min(next_s, self._elastic.next_event_s)
 
     def drain_events(self) -> list[Event]:
         """What happened since the last call."""
-        events: list[Event] = []
+        events, self._events = self._events, []
         for engine in self.engines:
             if engine.events:
                 events += engine.events
                 engine.events.clear()
         return events
 
+    def drain_returned(self) -> list[GivenUp]:
+        """Requests given up since the last call."""
+        returned, self._returned = self._returned, []
+        return returned
+
     def drain_gaps(self) -> list[tuple[int, int, int]]:
         """Inter-token gaps since the last call: (instance, histogram bin, count)."""
-        return gaps_of(self.engines)
+        gaps, self._gaps = self._gaps, []
+        numbers = self.numbers
+        return gaps + [(numbers[place], bin_, n) for place, bin_, n in gaps_of(self.engines)]
 
     def read(self, t_s: float) -> InstanceReadings:
-        """Queue, batch and KV use of each engine."""
-        return readings_of(self.engines, t_s)
+        """Queue, batch and KV use of each instance."""
+        readings = readings_of(self.engines, t_s)
+        return readings if self._elastic is None else self._elastic.by_slot(readings)
+
+    def slots(self) -> SlotReadings:
+        """What each slot holds; empty where instances are fixed."""
+        return NO_SLOTS if self._elastic is None else self._elastic.slots()
 
     def close(self) -> None:
         """Unload the models."""
-        for members in self.gpu_lists:
-            for gpu in members:
-                self._bank.unload(gpu)
+        for gpu in range(self._first_gpu, self._first_gpu + self._num_gpus):
+            self._bank.unload(gpu)
+
+
+def tune_engine(
+    engine: Engine, instance: int, kind: TuneKind, value: float, t_s: float
+) -> list[GivenUp]:
+    """Do what `Tune` says to one engine; returns the requests that it gave up for it."""
+    t_s = max(t_s, engine.now_s)
+    if kind == "batch":
+        engine.set_batch(int(value), t_s)
+    elif kind == "order":
+        engine.order(bool(value), t_s)
+    elif kind == "recall":
+        return [GivenUp(request, instance, n, "recalled") for request, n in engine.withdraw(t_s)]
+    else:
+        late = engine.withdraw(t_s, late_frac=value)
+        return [GivenUp(request, instance, n, "squashed") for request, n in late]
+    return []
 
 
 def readings_of(engines: Sequence[Engine], t_s: float) -> InstanceReadings:
@@ -154,9 +300,38 @@ def gaps_of(engines: Sequence[Engine]) -> list[tuple[int, int, int]]:
 
 
 @cache
-def _cost(model: ModelCard, gpu: GpuProfile, tp: int) -> IterationCost:
+def _cost(model: ModelCard, gpu: GpuProfile, tp: int, precision: Precision | None) -> IterationCost:
     """One for all instances alike: its tables are the largest part of an engine."""
-    return IterationCost(model, gpu, tp=tp)
+    return IterationCost(model, gpu, tp=tp, precision=precision)
+
+
+def cost_of(gpu: GpuProfile, model: ModelCard, instance: InstanceConfig) -> IterationCost:
+    """Time and work of an instance's iterations on this kind of GPU."""
+    named = precision_of(model, instance.precision)
+    own = named == precision_of(model, "native")
+    precision: Precision | None = None if own else named  # type: ignore[assignment]
+    return _cost(model, gpu, instance.tp, precision)
+
+
+def kv_blocks_of(gpu: GpuProfile, model: ModelCard, instance: InstanceConfig) -> int:
+    """KV blocks of an instance.
+
+    Raises:
+        ValueError: the model does not fit into the memory of ``tp`` GPUs.
+    """
+    config = instance.engine
+    blocks = config.kv_blocks or cost_of(gpu, model, instance).kv_blocks(
+        config.gpu_memory_frac,
+        config.block_size_tokens,
+        ballast_bytes=config.ballast_bytes,
+    )
+    if blocks < 1:
+        raise ValueError(
+            f"{model.name} leaves no memory for KV blocks on {instance.tp} x {gpu.name} "
+            f"at gpu_memory_frac = {config.gpu_memory_frac}"
+            + (f" beside a ballast of {config.ballast_bytes} bytes" if config.ballast_bytes else "")
+        )
+    return blocks
 
 
 def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> Engine:
@@ -165,23 +340,11 @@ def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> E
     Raises:
         ValueError: the model does not fit into the memory of ``tp`` GPUs.
     """
-    config = instance.engine
-    cost = _cost(model, bank.profile, instance.tp)
-    blocks = config.kv_blocks or cost.kv_blocks(
-        config.gpu_memory_frac,
-        config.block_size_tokens,
-        ballast_bytes=config.ballast_bytes,
-    )
-    if blocks < 1:
-        raise ValueError(
-            f"{model.name} leaves no memory for KV blocks on {instance.tp} x {bank.profile.name} "
-            f"at gpu_memory_frac = {config.gpu_memory_frac}"
-            + (f" beside a ballast of {config.ballast_bytes} bytes" if config.ballast_bytes else "")
-        )
+    cost = cost_of(bank.profile, model, instance)
     return Engine(
         cost,
-        config,
-        kv_blocks=blocks,
+        instance.engine,
+        kv_blocks=kv_blocks_of(bank.profile, model, instance),
         tokens_per_tile=model.tokens_per_tile,
         image_in_prompt=model.image_in_prompt,
         preprocess_s=cost.preprocess_s(),
@@ -284,9 +447,19 @@ class ServerBank:
         self._busy_s = np.zeros(bank.count)
         self._flops = np.zeros(bank.count)
         self._bytes = np.zeros(bank.count)
+        for serving in self.serving:
+            serving.on_removed = self._settle
         self._t_s = 0.0
         self._faults = sorted(faults)
         self._lost: set[int] = set()
+
+    def _settle(self, engine: Engine, gpus: list[int], t_s: float) -> None:
+        """An engine leaves between two ticks: the next tick still counts what it did since."""
+        encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
+        for gpu in gpus:
+            self._busy_s[gpu] -= encode_s + prefill_s + decode_s
+            self._flops[gpu] -= flops
+            self._bytes[gpu] -= hbm_bytes
 
     def _break(self, t_s: float) -> None:
         """Lose GPUs whose time has come, and end what ran on lost ones, whoever lost them."""

@@ -32,14 +32,12 @@ import numpy as np
 
 from emulators import kernels
 from emulators.kernels import Chip, Gemm, Moe
-from emulators.models import ModelCard
+from emulators.models import BYTES_PER_WEIGHT, ModelCard
 from emulators.profiles import GpuProfile
 from testbed.core.view import Floats
 
 Precision = Literal["bf16", "fp8", "fp4", "int4"]
 
-_LAYER_BYTES: dict[str, float] = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5625, "int4": 0.53}
-"""Bytes per weight with scales: FP8 per tensor or block, FP4 in groups of 16, INT4 of 128."""
 _KNOTS = np.unique(
     np.concatenate(
         [np.arange(1, 17), np.arange(16, 65, 16), np.geomspace(64, 65536, 61).round()]
@@ -117,7 +115,7 @@ class IterationCost:
         if model.layers < pp:
             raise ValueError(f"pp = {pp} exceeds the {model.layers} layers of {model.name}")
         if precision is not None:
-            model = msgspec.structs.replace(model, bytes_per_weight=_LAYER_BYTES[precision])
+            model = msgspec.structs.replace(model, bytes_per_weight=BYTES_PER_WEIGHT[precision])
         self.model, self.gpu = model, gpu
         self.tp, self.pp, self.ep, self.sp, self.kvp = tp, pp, ep, sp, kvp
         self.num_gpus = tp * pp * max(sp, kvp)

@@ -117,6 +117,8 @@ def _check(spec: RunSpec, profile: GpuProfile) -> None:
     tick_s = spec.control.sample_period_s
     if spec.mode != "virtual" and tick_s < 0.02:
         raise SpecError(f"run spec: control.sample_period_s = {tick_s} must be >= 0.02 when live")
+    for name in spec.model_names():
+        load_model(name)
     if spec.mode != "hardware":
         bank = emulated_bank(spec, profile, GpuState.create(cluster.gpus_per_node), [0])
         for pool in spec.pool:
@@ -134,6 +136,7 @@ def instance_of(pool: Any) -> Any:
         tp=pool.tp,
         gpus=list(range(pool.tp)),
         engine=pool.engine,
+        precision=pool.precision,
     )
 
 
@@ -156,6 +159,8 @@ def _meta(spec: RunSpec, profile: GpuProfile) -> dict[str, Any]:
             facts.append(("power and its limit", "assumed", watts))
         else:
             facts.append(("power, clocks, heat", "measured", "NVML"))
+    if spec.cluster.elastic:
+        facts.append(("starts and re-shards of instances", "assumed", "reconfigure.delays"))
     if spec.tenants.per_node:
         if spec.mode == "virtual":
             facts.append(("memory tenants", "emulated", "emulators/memory.py"))

@@ -262,7 +262,9 @@ def _vllm(recording: Recording) -> Iterator[tuple[str, str, str, list[_Sample]]]
     labels = [
         {
             "engine": str(index["name"][key]),
-            "model_name": str(models.get(pools[index["pool_index"][key]], "")),
+            "model_name": str(models.get(pools[index["pool_index"][key]], ""))
+            if index["pool_index"][key] >= 0
+            else "",
         }
         for key in keys
     ]

@@ -23,11 +23,12 @@ from testbed.analysis.energy import (
     read_rows,
 )
 from testbed.analysis.latency import Requests, cumulative, read_requests
+from testbed.analysis.layouts import read_layouts
 from testbed.analysis.series import MAX_POINTS, edges, envelope, grid, spans
 from testbed.analysis.summary import run_duration_s
 from testbed.core.view import Bools, Floats
 from testbed.recorder.reader import Recording
-from testbed.recorder.tables import ITL_BINS, itl_edges_s
+from testbed.recorder.tables import ITL_BINS, itl_edges_s, placement_words
 
 HEAT_BINS = 400
 HEAT_ROWS = 96
@@ -398,10 +399,15 @@ def itl_by_pool(recording: Recording) -> dict[str, Any]:
     """Counts of gaps between tokens per pool and bin."""
     table = recording.columns("itl", "instance", "bin", "count")
     index = recording.columns("instance_index", "pool_index")["pool_index"]
+    pool = index[table["instance"]] if len(table["bin"]) else index[:0]
+    if recording.spec.cluster.elastic and len(table["bin"]):
+        layouts = read_layouts(recording)
+        t_s = recording.columns("itl", "t_s")["t_s"]
+        pool = layouts.pool[layouts.at(table["instance"].astype(np.int64), t_s)]
     pools = [str(name) for name in recording.columns("pool_index", "name")["name"]]
     found = {}
     for place, name in enumerate(pools):
-        inside = index[table["instance"]] == place if len(table["bin"]) else np.zeros(0, bool)
+        inside = pool == place
         counts = np.bincount(table["bin"][inside], table["count"][inside], ITL_BINS)
         if counts.any():
             found[name] = counts
@@ -662,6 +668,12 @@ VALUE_WORDS: dict[str, Callable[[float], str]] = {
     "sm_clock_lock": lambda value: f"{value:.0f} MHz" if value else "unlocked",
     "memory_limit": lambda value: f"{value / 2**20:,.0f} MiB",
     "drain": lambda value: "drain" if value else "resume",
+    "max_num_seqs": lambda value: f"batch of {value:.0f}" if value else "the pool's batch",
+    "queue_order": lambda value: "by deadline" if value else "by arrival",
+    "recall": lambda value: "recall",
+    "squash": lambda value: f"squash after {value:g} x TTFT",
+    "layout_snapshot": placement_words,
+    "layout_cold": lambda value: f"{placement_words(value)}, cold",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from testbed.analysis import layouts
 from testbed.analysis.energy import energy_j, held_s, read_rows, throttle_s
 from testbed.analysis.latency import (
     Requests,
@@ -63,6 +64,7 @@ def summarise(source: Source) -> dict[str, Any]:
         "throttle_s": slowed_s,
         "throttle_by_reason_s": by_reason,
         "memory": _memory(recording, duration_s),
+        **_layout(recording, duration_s),
         "commands": _commands(recording, duration_s),
         "lateness_s": _lateness(recording),
         "valid": not because,
@@ -180,6 +182,13 @@ def _memory(recording: Recording, duration_s: float) -> dict[str, Any]:
         "slowdown_mean_frac": float(table["slowdown_frac"].mean()),
         "frozen_s": float(held_s(table["t_s"], key)[table["frozen"]].sum()),
     }
+
+
+def _layout(recording: Recording, duration_s: float) -> dict[str, Any]:
+    """How instances changed, in runs where they do."""
+    if not recording.spec.cluster.elastic:
+        return {}
+    return {"layout": layouts.summary(recording, duration_s)}
 
 
 def _commands(recording: Recording, duration_s: float) -> dict[str, Any]:

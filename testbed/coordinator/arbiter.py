@@ -24,7 +24,7 @@ PRECEDENCE = ("safety", "slo", "efficiency")
 
 
 class Claims:
-    """Upper bounds that policies ask for, one column per GPU."""
+    """Upper bounds that policies ask for, one column per GPU (or instance)."""
 
     def __init__(self, names: list[str], precedence: list[str], count: int) -> None:
         self.names = names
@@ -34,6 +34,10 @@ class Claims:
     def claim(self, policy: int, targets: Ints, values: Floats, top: Floats) -> None:
         """Record what ``policy`` asks for ``targets``; at or above ``top`` it lets go of them."""
         self._asked[policy, targets] = np.where(values >= top[targets], np.nan, values)
+
+    def forget(self, targets: Ints) -> None:
+        """What is at ``targets`` is another thing from now on: nobody has asked for anything."""
+        self._asked[:, targets] = np.nan
 
     def resolve(self, default: Floats) -> tuple[Floats, Ints]:
         """The value that holds for each column, and the policy that set it (-1: nobody)."""

@@ -1,6 +1,7 @@
 """The cluster as the run file lays it out: which GPU hangs where and serves what.
 
-Built once from the spec, before any node is heard from; nodes then fill the columns in.
+Built once from the spec, before any node is heard from; nodes then fill the columns in. In an
+elastic run there is an instance slot per GPU and `Layout.hold` writes what a slot holds.
 
 >>> from testbed.core.spec import parse_spec
 >>> layout = Layout(parse_spec("cluster.nodes_per_row = 2\\ncluster.gpus_per_node = 2\\n"
@@ -17,11 +18,22 @@ from typing import TypeVar
 
 import numpy as np
 
+from emulators.models import load_model, precision_of, quality_frac
 from testbed.core.errors import SpecError
-from testbed.core.messages import GpuInfo, InstanceConfig, NodeConfig, TenantInfo
-from testbed.core.names import gpu_name, instance_name, row_of
+from testbed.core.messages import (
+    GpuInfo,
+    InstanceConfig,
+    NodeConfig,
+    SlotReadings,
+    StartHow,
+    TenantInfo,
+)
+from testbed.core.names import gpu_name, instance_name, row_of, slot_name
 from testbed.core.spec import RunSpec
 from testbed.core.view import (
+    OFF,
+    PRECISIONS,
+    UP,
     GpuColumns,
     InstanceColumns,
     RowColumns,
@@ -30,6 +42,7 @@ from testbed.core.view import (
     empty_gpus,
     empty_instances,
     empty_tenants,
+    slots_to_gpus,
 )
 
 SAFE_SHARE = 0.95
@@ -49,6 +62,13 @@ class Node:
     instances: slice
     tenants: slice
     configs: list[InstanceConfig]
+    """What it is to hold. In an elastic run `testbed.coordinator.arranging` changes it."""
+    layout_sequence: int = 0
+    """Of the last change to that."""
+    layout_how: StartHow = "snapshot"
+    """How what that change brought is to start."""
+    layout_seen: SlotReadings | None = None
+    """What it said of its slots last."""
     incarnation: int = 0
     """Of the life that was welcomed last; 0 before the first."""
     live: bool = False
@@ -78,33 +98,45 @@ class Layout:
         gpu_priority: list[int] = []
         instance_pool: list[int] = []
         instance_node: list[int] = []
-        instance_gpus: list[int] = []
+        initial: list[tuple[int, InstanceConfig]] = []
         self.nodes: list[Node] = []
         for index, name in enumerate(spec.node_names()):
             first_gpu, first_instance = len(gpu_names), len(instance_names)
             configs: list[InstanceConfig] = []
             local = 0
-            for pool_index, pool in enumerate(spec.pool):
+            for pool_index in spec.pools_on(index):
+                pool = spec.pool[pool_index]
                 for number in range(pool.gpus_per_node // pool.tp):
                     members = list(range(local, local + pool.tp))
-                    local += pool.tp
                     instance = instance_name(name, pool.name, number)
+                    if cluster.elastic:
+                        instance = slot_name(name, local)
+                    local += pool.tp
                     gpu_instance += [len(instance_names)] * pool.tp
                     gpu_priority += [pool.priority] * pool.tp
+                    config = InstanceConfig(
+                        name=instance,
+                        pool=pool.name,
+                        model=pool.model,
+                        tp=pool.tp,
+                        gpus=members,
+                        engine=pool.engine,
+                        precision=precision_of(load_model(pool.model), pool.precision),
+                        serial=len(configs) + 1 if cluster.elastic else 0,
+                    )
+                    configs.append(config)
+                    if cluster.elastic:
+                        initial.append((first_gpu + members[0], config))
+                        continue
+                    initial.append((len(instance_names), config))
                     instance_names.append(instance)
                     instance_pool.append(pool_index)
                     instance_node.append(index)
-                    instance_gpus.append(pool.tp)
-                    configs.append(
-                        InstanceConfig(
-                            name=instance,
-                            pool=pool.name,
-                            model=pool.model,
-                            tp=pool.tp,
-                            gpus=members,
-                            engine=pool.engine,
-                        )
-                    )
+            if cluster.elastic:
+                slots = range(cluster.gpus_per_node)
+                instance_names += [slot_name(name, slot) for slot in slots]
+                instance_pool += [-1 for _ in slots]
+                instance_node += [index for _ in slots]
             spare = cluster.gpus_per_node - local
             gpu_instance += [-1] * spare
             gpu_priority += [min(pool.priority for pool in spec.pool)] * spare
@@ -133,7 +165,15 @@ class Layout:
         self.instances = empty_instances(tuple(instance_names))
         self.instances.node[:] = instance_node
         self.instances.pool[:] = instance_pool
-        self.instances.num_gpus[:] = instance_gpus
+        self.instances.model[:] = self.instances.precision[:] = -1
+        self._pools = {pool.name: index for index, pool in enumerate(spec.pool)}
+        self._models = {model: index for index, model in enumerate(spec.model_names())}
+        self._spare_priority = min(pool.priority for pool in spec.pool)
+        self._pool_priority = np.array([pool.priority for pool in spec.pool])
+        for place, config in initial:
+            self.hold(place, config, UP, 0.0)
+        if cluster.elastic:
+            self.spread(slice(0, len(gpu_names)))
         self.tenants = empty_tenants(tuple(tenant_names))
         self.tenants.node[:] = [self.by_name[t.rpartition("/")[0]].index for t in tenant_names]
         sold_bytes = float(int(spec.tenants.memory_mib * 2**20))
@@ -143,7 +183,7 @@ class Layout:
         budget_w = cluster.row_budget_w or np.inf
         self.rows = RowColumns(row_names, np.full(len(row_names), budget_w))
         self.gpus_per_row = cluster.nodes_per_row * cluster.gpus_per_node
-        by_name = {pool.name: index for index, pool in enumerate(spec.pool)}
+        cards = [load_model(model) for model in spec.model_names()]
         self.view = View(
             now_s=0.0,
             rows=_read_only(self.rows),
@@ -151,9 +191,44 @@ class Layout:
             instances=_read_only(self.instances),
             tenants=_read_only(self.tenants),
             pools=tuple(pools),
-            pool_priority=np.array([pool.priority for pool in spec.pool]),
-            pool_of_class={c.name: by_name[c.pool] for c in spec.slo_class},
+            pool_priority=self._pool_priority,
+            pool_of_class={c.name: self._pools[c.pool] for c in spec.slo_class},
+            models=tuple(spec.model_names()),
+            model_quality_frac=np.array(
+                [[quality_frac(card, precision) for precision in PRECISIONS] for card in cards]
+            ),
         )
+
+    def hold(self, place: int, config: InstanceConfig | None, state: int, ready_s: float) -> None:
+        """Write what the instance (or slot) at ``place`` is; None for an empty slot."""
+        instances = self.instances
+        if config is None:
+            instances.pool[place] = instances.model[place] = instances.precision[place] = -1
+            instances.num_gpus[place] = instances.max_num_seqs[place] = 0
+            instances.state[place], instances.ready_s[place] = OFF, 0.0
+            return
+        instances.pool[place] = self._pools[config.pool]
+        instances.model[place] = self._models[config.model]
+        instances.precision[place] = PRECISIONS.index(config.precision)
+        instances.num_gpus[place] = config.tp
+        instances.state[place], instances.ready_s[place] = state, ready_s
+        instances.max_num_seqs[place] = config.engine.max_num_seqs
+
+    def spread(self, slots: slice) -> None:
+        """Write which slot each of these GPUs belongs to."""
+        instances, gpus = self.instances, self.gpus
+        local, gpus.priority[slots] = slots_to_gpus(
+            instances.num_gpus[slots],
+            instances.pool[slots],
+            self._pool_priority,
+            self._spare_priority,
+        )
+        gpus.instance[slots] = np.where(local >= 0, local + slots.start, -1)
+
+    def broken(self, node: Node, instance: int) -> bool:
+        """Whether a GPU of an instance is lost."""
+        mine = self.gpus.instance[node.gpus] == instance
+        return bool(self.gpus.lost[node.gpus][mine].any())
 
     def safe_limit_w(self, infos: list[GpuInfo]) -> list[float]:
         """The cap that each GPU of a node falls back to when it is cut off.
@@ -191,6 +266,11 @@ class Layout:
             ramp_up_w_per_s=control.ramp_up_w_per_s,
             delay_s=self.spec.transport.delay_s,
             preprocess_in_tenants=self.spec.tenants.preprocess,
+            elastic=self.spec.cluster.elastic,
+            delays=self.spec.reconfigure.delays,
+            delay_frac=self.spec.reconfigure.scale,
+            empty_power_frac=self.spec.reconfigure.empty_power_frac,
+            layout_sequence=node.layout_sequence,
         )
 
 

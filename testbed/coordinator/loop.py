@@ -19,14 +19,17 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from testbed.coordinator.arbiter import Claims
+from testbed.coordinator.arranging import Arranging
 from testbed.coordinator.cluster import Layout, Node
 from testbed.core.errors import PolicyError, SpecError, TestbedError
 from testbed.core.messages import (
     PROTOCOL_VERSION,
     Ack,
+    Arrange,
     Bye,
     Envelope,
     Gaps,
@@ -39,14 +42,20 @@ from testbed.core.messages import (
     Refused,
     Report,
     Request,
+    Returned,
+    SlotReadings,
     Stop,
     Submit,
     TenantLimits,
+    Tune,
+    TuneKind,
     Welcome,
 )
 from testbed.core.spec import RunSpec
 from testbed.core.transport.base import Hub
 from testbed.core.view import (
+    OFF,
+    UP,
     Bools,
     Command,
     Controller,
@@ -54,11 +63,19 @@ from testbed.core.view import (
     Floats,
     Ints,
     LockClocks,
+    OrderQueue,
+    RecallWaiting,
     Router,
+    SetBatch,
+    SetLayout,
     SetMemoryLimit,
     SetPowerLimit,
+    Squash,
 )
+from testbed.recorder.tables import LAYOUT
 from testbed.recorder.writer import Recorder
+
+_STATES = ("off", "starting", "up", "draining")
 
 
 @dataclass(slots=True)
@@ -71,12 +88,28 @@ class InFlight:
     routed_s: float = float("nan")
     first_token_s: float = float("nan")
     first_token_seen_s: float = float("nan")
+    returns: int = 0
+    """How often an instance gave it up without having failed."""
+    done_tokens: int = 0
+    """Output that it had by then, which the next instance computes again as part of the prompt."""
 
     @property
     def tokens(self) -> int:
         """What it counts for in `InstanceColumns.outstanding_tokens`."""
         request = self.request
         return request.prompt_tokens + request.image_tokens + request.output_tokens
+
+    @property
+    def rest(self) -> Request:
+        """What is left to be asked for."""
+        request, done = self.request, self.done_tokens
+        if not done:
+            return request
+        return msgspec.structs.replace(
+            request,
+            prompt_tokens=request.prompt_tokens + done,
+            output_tokens=max(1, request.output_tokens - done),
+        )
 
 
 class Coordinator:
@@ -126,7 +159,11 @@ class Coordinator:
         self._classes = {slo_class.name: slo_class for slo_class in spec.slo_class}
         self.in_flight: dict[int, InFlight] = {}
         self._held: deque[InFlight] = deque()
-        self._draining = np.zeros(len(self.layout.instances.name), dtype=np.bool_)
+        num_instances = len(self.layout.instances.name)
+        self._draining = np.zeros(num_instances, dtype=np.bool_)
+        self._by_deadline = np.zeros(num_instances, dtype=np.bool_)
+        self._own_seqs = self.layout.instances.max_num_seqs.copy()
+        """Most sequences in a batch as the instance's pool has it."""
         self.arrived_total = 0
         self.ended_total = 0
         self.commands_total = 0
@@ -135,6 +172,8 @@ class Coordinator:
         count = len(self.layout.gpus.name)
         self._power = Claims(names, list(precedence), count)
         self._clocks = Claims(names, list(precedence), count)
+        self._batches = Claims(names, list(precedence), num_instances)
+        self._arranging = Arranging(spec, self.layout)
         self._default_w = np.zeros(count)
         self._limit_w = np.zeros(count)
         self._lock_mhz = np.zeros(count)
@@ -170,6 +209,8 @@ class Coordinator:
             self._on_report(node, body, envelope.t_s, now_s)
         elif isinstance(body, Progress):
             self._on_progress(node, body, now_s)
+        elif isinstance(body, Returned):
+            self._on_returned(node, body, envelope.t_s, now_s)
         elif isinstance(body, Gaps):
             self._on_gaps(node, body, envelope.t_s)
         elif isinstance(body, Ack):
@@ -254,6 +295,8 @@ class Coordinator:
         instances.preemptions_total[where] = report.instances.preemptions_total
         if node.tenants.stop > node.tenants.start:
             self._on_tenants(node, report, t_s)
+        if report.slots.serial and report.slots != node.layout_seen:
+            self._on_slots(node, report.slots, t_s, now_s)
         self._records.gpus(t_s, range(place.start, place.stop), readings)
         self._records.instances(
             t_s,
@@ -274,10 +317,66 @@ class Coordinator:
             fresh = self._limit_w[node.gpus] == 0
             self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
             self._lease(node, now_s)
+            self._tune_again(node, now_s)
+            if report.slots.layout_sequence < node.layout_sequence:
+                self._tell_layout(node, now_s)  # it was welcomed with an older one
             self._refresh_up(node)
             self._release_held(now_s)
         elif newly_lost:
             self._lose_gpus(node, newly_lost, now_s)
+
+    def _on_slots(self, node: Node, slots: SlotReadings, t_s: float, now_s: float) -> None:
+        """What the slots of an elastic node hold has changed, or is called something else."""
+        before, node.layout_seen = node.layout_seen, slots
+        instances = self.layout.instances
+        changed = []
+        for local, serial in enumerate(slots.serial):
+            place = node.instances.start + local
+            another = before is not None and serial != before.serial[local]
+            batch = instances.max_num_seqs[place]
+            was = [getattr(instances, name)[place] for name in LAYOUT]
+            config = self._arranging.known(node, serial)
+            self.layout.hold(place, config, slots.state[local], slots.ready_s[local])
+            if not another:
+                instances.max_num_seqs[place] = batch
+            if was != [getattr(instances, name)[place] for name in LAYOUT]:
+                changed.append(place)
+            if before is not None and (another or slots.state[local] != before.state[local]):
+                words = f"{config.model} tp{config.tp}" if config else ""
+                text = f"{_STATES[slots.state[local]]} {words}".strip()
+                self._event(t_s, "info", instances.name[place], "instance", text)
+        self.layout.spread(node.gpus)
+        self._refresh_up(node)
+        if changed:
+            self._records.layout(t_s, self._step + 1, np.array(changed), instances)
+            self._settle_batches(now_s)
+        if node.live:
+            self._release_held(now_s)
+
+    def _on_returned(self, node: Node, returned: Returned, t_s: float, now_s: float) -> None:
+        """An instance has given requests up: send them elsewhere, or let them end."""
+        self._records.moves(t_s, returned, node.instances.start)
+        back = []
+        for request_id, local, output_tokens, why in zip(
+            returned.request_id,
+            returned.instance,
+            returned.output_tokens,
+            returned.why,
+            strict=True,
+        ):
+            entry = self.in_flight.get(request_id)
+            if entry is None or entry.instance != node.instances.start + local:
+                continue  # of an attempt that was given up
+            if why == "squashed":
+                self._end(entry, "rejected", t_s, self._observed_s(now_s), 0)
+                continue
+            self._take_back(entry)
+            entry.returns += 1
+            entry.done_tokens += output_tokens
+            back.append(entry)
+        for entry in back:  # once all are off the account of where they were
+            self._route(entry, now_s)
+        self._release_held(now_s)
 
     def _on_tenants(self, node: Node, report: Report, t_s: float) -> None:
         tenants, who = self.layout.tenants, node.tenants
@@ -303,10 +402,11 @@ class Coordinator:
             progress.request_id, progress.event, progress.t_s, progress.preemptions, strict=True
         ):
             entry = self.in_flight.get(request_id)
-            if entry is None or self.layout.instances.node[entry.instance] != node.index:
+            if entry is None or not node.instances.start <= entry.instance < node.instances.stop:
                 continue  # of an attempt that was given up
             if event == "first_token":
-                entry.first_token_s, entry.first_token_seen_s = t_s, seen_s
+                if not entry.done_tokens:  # else the first of its rest
+                    entry.first_token_s, entry.first_token_seen_s = t_s, seen_s
             elif event == "finished":
                 self._end(entry, "completed", t_s, seen_s, preemptions)
                 freed = True
@@ -352,12 +452,8 @@ class Coordinator:
             uuid = node.infos[local].uuid
             self._event(now_s, "error", node.name, "gpu_lost", f"GPU {local}, {uuid}")
         self._refresh_up(node)
-        broken = [
-            node.instances.start + local
-            for local, config in enumerate(node.configs)
-            if not set(config.gpus).isdisjoint(gpus)
-        ]
-        self._reroute(broken, now_s)
+        on = self.layout.gpus.instance[node.gpus][gpus]
+        self._reroute(set(on.tolist()) - {-1}, now_s)
 
     def _reroute(self, instances: Collection[int], now_s: float) -> None:
         """Send what these instances had elsewhere."""
@@ -365,17 +461,23 @@ class Coordinator:
         for entry in orphans:
             self._take_back(entry)
             entry.first_token_s = entry.first_token_seen_s = float("nan")
-            if entry.attempts >= self.spec.control.max_attempts:
+            entry.done_tokens = 0
+            if entry.attempts - entry.returns >= self.spec.control.max_attempts:
                 self._end(entry, "lost", float("nan"), float("nan"), 0)
             else:
                 self._route(entry, now_s)
 
     def _refresh_up(self, node: Node) -> None:
         """Which instances of a node take requests."""
-        for local, config in enumerate(node.configs):
-            index = node.instances.start + local
-            broken = any(self.layout.gpus.lost[node.gpus.start + gpu] for gpu in config.gpus)
-            self.layout.instances.up[index] = node.live and not broken and not self._draining[index]
+        instances, seen = self.layout.instances, node.layout_seen
+        wanted = {config.serial for config in node.configs}
+        for index in range(node.instances.start, node.instances.stop):
+            up = node.live and not self._draining[index] and instances.state[index] == UP
+            up = up and not self.layout.broken(node, index)
+            if up and seen is not None:
+                # On its way out, even if the node does not know yet.
+                up = seen.serial[index - node.instances.start] in wanted
+            instances.up[index] = up
 
     # What clients ask.
 
@@ -403,7 +505,11 @@ class Coordinator:
         instances.outstanding_requests[chosen] += 1
         instances.outstanding_tokens[chosen] += entry.tokens
         node = self.layout.nodes[instances.node[chosen]]
-        self._hub.send(node.name, Submit(chosen - node.instances.start, entry.request), now_s)
+        ttft_s = self._classes[entry.request.slo_class].ttft_s
+        if entry.done_tokens:
+            ttft_s = float("inf")
+        local = chosen - node.instances.start
+        self._hub.send(node.name, Submit(local, entry.rest, ttft_s), now_s)
         return True
 
     def _is_up(self, instance: int) -> bool:
@@ -527,8 +633,42 @@ class Coordinator:
             )
         elif isinstance(command, DrainInstance):
             self._checked(policy, command.instances, 0.0, self.layout.instances.name)
+        elif isinstance(command, SetLayout):
+            self._arranging.claim(policy, command)
+        elif isinstance(command, SetBatch | OrderQueue | RecallWaiting | Squash):
+            self._hear_quick(policy, command)
         else:
             raise PolicyError(f"policy {self.spec.policy[policy].use!r}: {command!r} is no command")
+
+    def _hear_quick(
+        self, policy: int, command: SetBatch | OrderQueue | RecallWaiting | Squash
+    ) -> None:
+        """Check a command to batches and queues."""
+        use, kind = self.spec.policy[policy].use, type(command).__name__
+        if self.spec.mode == "hardware" and self.spec.forward:
+            raise PolicyError(f"policy {use!r}: {kind}: a server behind a URL cannot be told")
+        value: Floats | float = 0.0
+        if isinstance(command, Squash):
+            value = command.ttft_frac
+        if isinstance(command, SetBatch):
+            value = np.asarray(command.max_num_seqs, dtype=np.float64)
+        names = self.layout.instances.name
+        targets, values = self._checked(policy, command.instances, value, names)
+        if isinstance(command, OrderQueue) and command.by not in ("deadline", "arrival"):
+            raise PolicyError(
+                f"policy {use!r}: OrderQueue.by = {command.by!r} must be 'deadline' or 'arrival'"
+            )
+        if isinstance(command, SetBatch):
+            pools = self.layout.instances.pool[targets]
+            for pool, most in zip(pools.tolist(), values.tolist(), strict=True):
+                limit = self.spec.pool[pool].engine.max_batched_tokens
+                if most >= limit:
+                    raise PolicyError(
+                        f"policy {use!r}: SetBatch.max_num_seqs = {most:g} must be below the "
+                        f"{limit} of engine.max_batched_tokens"
+                    )
+            asked = np.where(values < 1, np.inf, np.floor(values))
+            self._batches.claim(policy, targets, asked, np.full(len(names), np.inf))
 
     def _checked(
         self, policy: int, targets: Ints, values: Floats | float, names: tuple[str, ...]
@@ -556,6 +696,8 @@ class Coordinator:
         power_changed = limit_w != self._limit_w
         clock_changed = lock_mhz != self._lock_mhz
         self._limit_w, self._lock_mhz = limit_w, lock_mhz
+        batch_winner, batch_changed = self._settle_batches(now_s)
+        arranged = self._arrange(said, now_s)
         for policy, ordinal, command in said:
             if isinstance(command, SetPowerLimit | LockClocks):
                 power = isinstance(command, SetPowerLimit)
@@ -565,13 +707,103 @@ class Coordinator:
             elif isinstance(command, SetMemoryLimit):
                 moved = self._limit_memory(policy, command, now_s)
                 self._record_command(now_s, policy, ordinal, command, moved)
-            else:
+            elif isinstance(command, DrainInstance):
                 moved = self._drain(policy, command, now_s)
+                self._record_command(now_s, policy, ordinal, command, moved)
+            elif isinstance(command, SetLayout):
+                rows = max(1, len(command.layout or ()))
+                moved = np.full(rows, command.node in arranged)
+                winner = np.full(rows, self._arranging.winner(command.node))
+                self._record_command(now_s, policy, ordinal, command, moved, winner)
+            elif isinstance(command, SetBatch):
+                where = np.atleast_1d(command.instances)
+                moved, winner = batch_changed[where], batch_winner[where]
+                self._record_command(now_s, policy, ordinal, command, moved, winner)
+            else:
+                moved = self._tune_queues(command, now_s)
                 self._record_command(now_s, policy, ordinal, command, moved)
         for index in np.unique(gpus.node[changed]):
             node = self.layout.nodes[index]
             if node.live:
                 self._lease(node, now_s)
+
+    def _arrange(self, said: list[tuple[int, int, Command]], now_s: float) -> set[int]:
+        """Tell nodes whose layout changes; returns which."""
+        asked = sorted({c.node for _, _, c in said if isinstance(c, SetLayout)})
+        arranged = set()
+        for index in asked:
+            node = self.layout.nodes[index]
+            if not self._arranging.settle(node):
+                continue
+            arranged.add(index)
+            if node.live:
+                self._tell_layout(node, now_s)
+            self._forget_quick(node)
+            self._refresh_up(node)
+            words = [f"{c.model} tp{c.tp} at GPU {c.gpus[0]}" for c in node.configs]
+            text = f"{node.layout_how}: {', '.join(words) or 'nothing'}"
+            self._event(now_s, "info", node.name, "layout", text)
+        return arranged
+
+    def _tell_layout(self, node: Node, now_s: float) -> None:
+        arrange = Arrange(node.layout_sequence, node.configs, node.layout_how)
+        self._hub.send(node.name, arrange, now_s)
+
+    def _forget_quick(self, node: Node) -> None:
+        """What was asked of instances that are to leave is not asked of those that follow."""
+        stay = {config.serial for config in node.configs}
+        seen = node.layout_seen.serial if node.layout_seen is not None else []
+        gone = [node.instances.start + k for k, serial in enumerate(seen) if serial not in stay]
+        self._batches.forget(np.array(gone, np.int64))
+        self._draining[gone] = self._by_deadline[gone] = False
+        for config in node.configs:
+            self._own_seqs[node.instances.start + config.gpus[0]] = config.engine.max_num_seqs
+
+    def _settle_batches(self, now_s: float) -> tuple[Ints, Bools]:
+        """Let the batch limits that hold be set; who set each, and which changed."""
+        instances = self.layout.instances
+        limit, winner = self._batches.resolve(self._own_seqs.astype(np.float64))
+        seqs = np.where(instances.num_gpus > 0, limit, 0).astype(np.int64)
+        changed = seqs != instances.max_num_seqs
+        if changed.any():
+            instances.max_num_seqs[:] = seqs
+            which = np.flatnonzero(changed)
+            self._records.layout(now_s, self._step + 1, which, instances)
+            self._tune("batch", which, seqs[which], now_s)
+        return winner, changed
+
+    def _tune_queues(self, command: OrderQueue | RecallWaiting | Squash, now_s: float) -> Bools:
+        """Pass a command to queues on; where that changes something."""
+        which = np.atleast_1d(np.asarray(command.instances, np.int64))
+        moved = self.layout.instances.state[which] != OFF
+        if isinstance(command, OrderQueue):
+            by_deadline = command.by == "deadline"
+            moved = moved & (self._by_deadline[which] != by_deadline)
+            self._by_deadline[which[moved]] = by_deadline
+            self._tune("order", which[moved], np.full(moved.sum(), float(by_deadline)), now_s)
+        elif isinstance(command, RecallWaiting):
+            self._tune("recall", which[moved], np.zeros(moved.sum()), now_s)
+        else:
+            self._tune("squash", which[moved], np.full(moved.sum(), command.ttft_frac), now_s)
+        return np.asarray(moved)
+
+    def _tune(self, kind: TuneKind, which: Ints, values: Ints | Floats, now_s: float) -> None:
+        """Tell the nodes of these instances."""
+        of_node = self.layout.instances.node[which]
+        for index in np.unique(of_node):
+            node = self.layout.nodes[index]
+            mine = of_node == index
+            if node.live:
+                local = (which[mine] - node.instances.start).tolist()
+                self._hub.send(node.name, Tune(kind, local, values[mine].tolist()), now_s)
+
+    def _tune_again(self, node: Node, now_s: float) -> None:
+        """A node that has just begun knows nothing of batches and queues that were changed."""
+        which = np.arange(node.instances.start, node.instances.stop)
+        seqs, own = self.layout.instances.max_num_seqs[which], self._own_seqs[which]
+        self._tune("batch", which[seqs != own], seqs[seqs != own], now_s)
+        ordered = which[self._by_deadline[which]]
+        self._tune("order", ordered, np.ones(len(ordered)), now_s)
 
     def _limit_memory(self, policy: int, command: SetMemoryLimit, now_s: float) -> Bools:
         tenants = self.layout.tenants

@@ -26,6 +26,10 @@ import msgspec
 
 from testbed.core.errors import TransportError
 
+StartHow = Literal["snapshot", "cold"]
+ReturnedWhy = Literal["recalled", "drained", "resharded", "gone", "squashed"]
+TuneKind = Literal["batch", "order", "recall", "squash"]
+
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 16 << 20
 """Longest message a socket accepts. A bank report of 10,000 GPUs is about 1 MB."""
@@ -136,6 +140,8 @@ class NodeConfig(_Wire, frozen=True):
     delays: Delays = Delays()
     delay_frac: float = 1.0
     """What all delays are multiplied with (``reconfigure.scale``)."""
+    empty_power_frac: float = 1.0
+    """What a GPU without an instance draws, of the profile's idle power."""
     layout_sequence: int = 0
     """Of the `Arrange` that ``instances`` already reflects."""
 
@@ -323,7 +329,7 @@ class Returned(_Wire, frozen=True, tag=True):
     instance: list[int]
     output_tokens: list[int]
     """Tokens given out so far."""
-    why: list[Literal["recalled", "drained", "resharded", "gone", "squashed"]]
+    why: list[ReturnedWhy]
 
 
 class Gaps(_Wire, frozen=True, tag=True):
@@ -364,7 +370,7 @@ class Arrange(_Wire, frozen=True, tag=True):
 
     sequence: int
     instances: list[InstanceConfig]
-    how: Literal["snapshot", "cold"]
+    how: StartHow
 
 
 class Tune(_Wire, frozen=True, tag=True):
@@ -375,7 +381,7 @@ class Tune(_Wire, frozen=True, tag=True):
     without a first token for longer than ``value`` times its class's time to first token.
     """
 
-    kind: Literal["batch", "order", "recall", "squash"]
+    kind: TuneKind
     instance: list[int]
     value_count: list[float]
 

@@ -24,6 +24,11 @@ def instance_name(node: str, pool: str, index: int) -> str:
     return f"{node}/{pool}{index}"
 
 
+def slot_name(node: str, index: int) -> str:
+    """Path of an instance slot, in runs whose instances change: that of the GPU it begins at."""
+    return f"{node}/slot{index}"
+
+
 def parent(name: str) -> str:
     """The path one level up; empty for an outermost name."""
     return name.rpartition("/")[0]

@@ -423,6 +423,23 @@ class Router(Protocol):
         ...
 
 
+def slots_to_gpus(num_gpus: Ints, pool: Ints, pool_priority: Ints, spare: int) -> tuple[Ints, Ints]:
+    """Instance and priority of each GPU where instances are slots, from the slots' columns.
+
+    GPUs that serve nothing have instance -1 and priority ``spare``.
+
+    >>> priority = np.array([1, 5])
+    >>> slots_to_gpus(np.array([2, 0, 1, 0]), np.array([1, -1, 0, -1]), priority, 1)
+    (array([ 0,  0,  2, -1]), array([5, 5, 1, 1]))
+    """
+    count = len(num_gpus)
+    first = np.where(num_gpus > 0, np.arange(count), -1)
+    latest = np.maximum.accumulate(first)
+    held = (latest >= 0) & (np.arange(count) < latest + num_gpus[latest])
+    instance = np.where(held, latest, -1)
+    return instance, np.where(held, pool_priority[pool[latest]], spare)
+
+
 _C = TypeVar("_C", GpuColumns, InstanceColumns, TenantColumns, ServerColumns, AisleColumns, UpsColumns, VmColumns)
 
 

@@ -19,15 +19,18 @@ import numpy as np
 from testbed.core.errors import RecordingError
 from testbed.core.spec import PolicySpec
 from testbed.core.view import (
+    PRECISIONS,
     Controller,
     GpuColumns,
     InstanceColumns,
+    Ints,
     RowColumns,
     TenantColumns,
     View,
+    slots_to_gpus,
 )
 from testbed.recorder.reader import Recording, Source
-from testbed.recorder.tables import VIEW_STATIC, flatten
+from testbed.recorder.tables import LAYOUT, VIEW_STATIC, flatten
 
 Load = Callable[[PolicySpec], Controller]
 
@@ -159,6 +162,7 @@ class _Views:
         rows = recording.columns("row_index")
         pools = recording.columns("pool_index")
         instances["pool"] = instances["pool_index"]
+        self._elastic = recording.spec.cluster.elastic
         self._gpus = _Columns(recording, "view_gpus", GpuColumns, gpus)
         self._instances = _Columns(recording, "view_instances", InstanceColumns, instances)
         self._tenants = _Columns(recording, "view_tenants", TenantColumns, tenants)
@@ -171,19 +175,65 @@ class _Views:
             for slo_class in recording.spec.slo_class
             if slo_class.pool in self._pools
         }
+        models = recording.columns("model_index")
+        places = models["model"].astype(np.int64)
+        self._models = tuple(dict.fromkeys(str(name) for name in models["name"]))
+        self._quality_frac = np.full((len(self._models), len(PRECISIONS)), np.nan)
+        columns = [PRECISIONS.index(str(name)) for name in models["precision"]]
+        self._quality_frac[places, columns] = models["quality_frac"]
+        self._layout = _LayoutAt(recording, instances)
 
     def at(self, step: int, now_s: float) -> View:
         """The view of a control tick. Its arrays are read-only, as they were."""
+        gpus, instances = self._gpus.at(step), self._instances.at(step)
+        for name, column in self._layout.at(step).items():
+            setattr(instances, name, column)
+        if self._elastic:
+            gpus.instance, gpus.priority = self._spread(instances)
         return View(
             now_s=now_s,
             rows=RowColumns(self._row_names, _cut(self._rows, step)["budget_w"]),
-            gpus=self._gpus.at(step),
-            instances=self._instances.at(step),
+            gpus=gpus,
+            instances=instances,
             tenants=self._tenants.at(step),
             pools=self._pools,
             pool_priority=self._pool_priority,
             pool_of_class=dict(self._pool_of_class),
+            models=self._models,
+            model_quality_frac=self._quality_frac,
         )
+
+    def _spread(self, instances: InstanceColumns) -> tuple[Ints, Ints]:
+        spare = int(self._pool_priority.min())
+        return slots_to_gpus(instances.num_gpus, instances.pool, self._pool_priority, spare)
+
+
+class _LayoutAt:
+    """The table of layouts, played forward to a control tick."""
+
+    def __init__(self, recording: Recording, index: dict[str, Any]) -> None:
+        self._table = recording.columns("layout")
+        self._table["pool"] = self._table["pool_index"]
+        self._table["precision"] = np.array(
+            [PRECISIONS.index(str(p)) if p else -1 for p in self._table["precision"]], np.int64
+        )
+        count = len(index["name"])
+        self._now: dict[str, Any] = {
+            name: np.zeros(count, np.float64 if name == "ready_s" else np.int64) for name in LAYOUT
+        }
+        # Of recordings made before there was such a table.
+        self._now["pool"][:], self._now["num_gpus"][:] = index["pool"], index["num_gpus"]
+        self._done = 0
+
+    def at(self, step: int) -> dict[str, Any]:
+        """Columns of the layout that policies saw; steps must not go back."""
+        end = int(np.searchsorted(self._table["step"], step, side="right"))
+        rows = slice(self._done, end)
+        for name in LAYOUT:
+            # Of several rows of one instance the last holds: NumPy assigns in order.
+            self._now[name][self._table["instance"][rows]] = self._table[name][rows]
+        self._done = end
+        return {name: column.copy() for name, column in self._now.items()}
 
 
 class _Columns:
@@ -197,7 +247,9 @@ class _Columns:
         kinds = {"Floats": np.float64, "Ints": np.int64}
         for column in fields(struct):
             if column.name in VIEW_STATIC[struct] and column.name != "name":
-                self._fixed[column.name] = index[column.name].astype(kinds[str(column.type)])
+                # What is not in the index is in the table of layouts.
+                values = index.get(column.name, np.zeros(len(index["name"])))
+                self._fixed[column.name] = values.astype(kinds[str(column.type)])
         self._table = recording.columns(table)
 
     def at(self, step: int) -> Any:

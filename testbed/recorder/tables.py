@@ -27,14 +27,21 @@ import pyarrow as pa
 
 from testbed.core.messages import GpuInfo, GpuReadings, InstanceReadings, TenantReadings
 from testbed.core.view import (
+    PRECISIONS,
     Command,
+    DrainInstance,
     Floats,
     GpuColumns,
     InstanceColumns,
     Ints,
     LockClocks,
+    OrderQueue,
+    Placement,
+    RecallWaiting,
+    SetBatch,
     SetMemoryLimit,
     SetPowerLimit,
+    Squash,
     TenantColumns,
 )
 
@@ -89,6 +96,8 @@ _UNITS = {
     "throttle": "mask of NVML clocks event reasons",
     "bin": "index of an ITL bin",
     "value": "W, MHz, bytes, or 0 and 1, by kind",
+    "model": "index in model_index",
+    "state": "0 off, 1 starting, 2 up, 3 draining",
     "request_id": "identifier",
 }
 _NAME_UNITS = "name"
@@ -99,6 +108,7 @@ _COUNTS = {
     "num_gpus",
     "num_images",
     "num_seqs",
+    "max_num_seqs",
     "num_commands",
     "outstanding_requests",
     "preemptions",
@@ -182,10 +192,15 @@ def _inner(kind: Any) -> str:
 
 VIEW_STATIC = {
     GpuColumns: ("name", "row", "node", "instance", "priority"),
-    InstanceColumns: ("name", "node", "pool", "num_gpus"),
+    InstanceColumns: (
+        *("name", "node", "pool", "num_gpus"),
+        *("model", "precision", "state", "ready_s", "max_num_seqs"),
+    ),
     TenantColumns: ("name", "node", "guaranteed_bytes", "memory_bytes"),
 }
-"""Columns of a view that do not change in a run; they are in the index tables."""
+"""Columns of a view that do not change in a run, or seldom: those of `LAYOUT` are in the table
+``layout`` whenever they do, all others in the index tables."""
+LAYOUT = ("pool", "num_gpus", "model", "precision", "state", "ready_s", "max_num_seqs")
 
 
 def view_columns(columns: type[Any]) -> list[str]:
@@ -225,6 +240,17 @@ _ALL = [
     ),
     table("row_index", "name and budget of each row", "row:i4 name:name budget_w:f8"),
     table("pool_index", "name and priority of each pool", "pool_index:i4 name:name priority:i8"),
+    table(
+        "model_index",
+        "each model that instances may hold, at each precision, and its declared quality (MMLU)",
+        "model:i4 name:name precision:name quality_frac:f8",
+    ),
+    table(
+        "layout",
+        "what an instance (or slot) holds from t_s on; policies see it from control tick step on",
+        "t_s:f8 step:i8 instance:i4 pool_index:i4 num_gpus:i4 model:i4 precision:name state:i4 "
+        "ready_s:f8 max_num_seqs:i8",
+    ),
     # Telemetry, as reported.
     table(
         "gpus",
@@ -254,6 +280,12 @@ _ALL = [
         "first_token_s:f8 first_token_seen_s:f8 finished_s:f8 finished_seen_s:f8 prompt_tokens:i8 "
         "image_tokens:i8 num_images:i4 output_tokens:i8 preemptions:i4 attempts:i4 status:name "
         "ttft_limit_s:f8 tpot_limit_s:f8",
+    ),
+    table(
+        "moves",
+        "requests that an instance gave up before they ended: recalled, drained, resharded and "
+        "gone are routed again, squashed are rejected for being past their deadline",
+        "t_s:f8 request_id:i8 instance:i4 output_tokens:i8 why:name",
     ),
     table(
         "itl",
@@ -336,11 +368,43 @@ class Flat(NamedTuple):
     value: Floats
 
 
+def placement_code(placement: Placement) -> float:
+    """A placement as one number whose decimals can be read: first GPU, tp, pool, model, precision.
+
+    Two digits, one, three, three and one; a command has one row for each. 0 stands for an empty
+    layout, -1 for a policy that takes its word back.
+
+    >>> placement_code(Placement(first_gpu=4, tp=2, pool=7, model=1, precision="fp8"))
+    420070011.0
+    """
+    code = placement.first_gpu * 10 + placement.tp
+    code = (code * 1000 + placement.pool) * 1000 + placement.model
+    return float(code * 10 + PRECISIONS.index(placement.precision))
+
+
+def placement_words(code: float) -> str:
+    """What `placement_code` says, for people.
+
+    >>> placement_words(420070011.0), placement_words(0.0), placement_words(-1.0)
+    ('tp2 fp8 at GPU 4, model 1, pool 7', 'nothing', 'no more to say')
+    """
+    if code <= 0:
+        return "nothing" if code == 0 else "no more to say"
+    rest, precision = divmod(int(code), 10)
+    rest, model = divmod(rest, 1000)
+    rest, pool = divmod(rest, 1000)
+    first, tp = divmod(rest, 10)
+    return f"tp{tp} {PRECISIONS[precision]} at GPU {first}, model {model}, pool {pool}"
+
+
 def flatten(command: Command) -> Flat:
     """A command as one row per target.
 
     >>> flatten(SetPowerLimit(np.array([2, 3]), 450.0))
     Flat(kind='power_limit', target=array([2, 3]), value=array([450., 450.]))
+    >>> layout = (Placement(0, 4, 0, 0), Placement(4, 4, 0, 0))
+    >>> flatten(SetLayout(3, layout, "cold"))
+    Flat(kind='layout_cold', target=array([3, 3]), value=array([4.0e+07, 4.4e+08]))
     """
     kind: str
     target: Ints
@@ -351,7 +415,22 @@ def flatten(command: Command) -> Flat:
         kind, target, value = "sm_clock_lock", command.gpus, command.sm_clock_mhz
     elif isinstance(command, SetMemoryLimit):
         kind, target, value = "memory_limit", command.tenants, command.memory_limit_bytes
-    else:
+    elif isinstance(command, DrainInstance):
         kind, target, value = "drain", command.instances, float(command.drain)
+    elif isinstance(command, SetBatch):
+        kind, target, value = "max_num_seqs", command.instances, np.asarray(command.max_num_seqs)
+    elif isinstance(command, OrderQueue):
+        kind, target = "queue_order", command.instances
+        value = float(command.by == "deadline")
+    elif isinstance(command, RecallWaiting):
+        kind, target, value = "recall", command.instances, 1.0
+    elif isinstance(command, Squash):
+        kind, target, value = "squash", command.instances, command.ttft_frac
+    else:
+        kind = f"layout_{command.how}"
+        value = np.array([placement_code(one) for one in command.layout or ()] or [0.0])
+        if command.layout is None:
+            value = np.array([-1.0])
+        target = np.full(len(value), command.node)
     target = np.atleast_1d(np.asarray(target, np.int64))
     return Flat(kind, target, np.broadcast_to(np.asarray(value, np.float64), target.shape))

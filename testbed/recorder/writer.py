@@ -30,13 +30,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from testbed.core.errors import RecordingError
-from testbed.core.messages import GpuInfo, GpuReadings, InstanceReadings, TenantReadings
+from testbed.core.messages import GpuInfo, GpuReadings, InstanceReadings, Returned, TenantReadings
+from testbed.core.names import parent
 from testbed.core.spec import RunSpec
 from testbed.core.view import (
+    PRECISIONS,
     Command,
     Floats,
     GpuColumns,
     InstanceColumns,
+    Ints,
     TenantColumns,
     View,
 )
@@ -59,6 +62,7 @@ ROW_GROUP_ROWS = 1 << 17
 _VIEW_GPUS = view_columns(GpuColumns)
 _VIEW_INSTANCES = view_columns(InstanceColumns)
 _VIEW_TENANTS = view_columns(TenantColumns)
+_OF_INSTANCES = ("drain", "max_num_seqs", "queue_order", "recall", "squash")
 _PACKAGES = ("serving-testbed", "numpy", "pyarrow", "scipy", "msgspec", "pyzmq", "nvidia-ml-py")
 
 
@@ -210,11 +214,13 @@ class Recorder:
     def cluster(self, view: View) -> None:
         """The index tables: names and places, from a view. Call once, before anything else."""
         gpus, instances, tenants = view.gpus, view.instances, view.tenants
+        nodes = tuple(dict.fromkeys(parent(name) for name in gpus.name))
         self._names = {
             "power_limit": gpus.name,
             "sm_clock_lock": gpus.name,
             "memory_limit": tenants.name,
-            "drain": instances.name,
+            **dict.fromkeys(_OF_INSTANCES, instances.name),
+            **dict.fromkeys(("layout_snapshot", "layout_cold"), nodes),
         }
         put = self.tables
         put["gpu_index"].append(
@@ -246,6 +252,37 @@ class Recorder:
         put["row_index"].append(len(rows.name), range(len(rows.name)), rows.name, rows.budget_w)
         put["pool_index"].append(
             len(view.pools), range(len(view.pools)), view.pools, view.pool_priority
+        )
+        for model, name in enumerate(view.models):
+            quality = view.model_quality_frac[model]
+            put["model_index"].append(len(PRECISIONS), model, name, PRECISIONS, quality)
+        self.layout(0.0, 0, np.arange(len(instances.name)), instances)
+
+    def layout(self, t_s: float, step: int, which: Ints, instances: InstanceColumns) -> None:
+        """What some instances hold from now on; ``step`` is the first control tick to see it."""
+        self.tables["layout"].append(
+            len(which),
+            t_s,
+            step,
+            which,
+            instances.pool[which],
+            instances.num_gpus[which],
+            instances.model[which],
+            [PRECISIONS[one] if one >= 0 else "" for one in instances.precision[which]],
+            instances.state[which],
+            instances.ready_s[which],
+            instances.max_num_seqs[which],
+        )
+
+    def moves(self, t_s: float, returned: Returned, first_instance: int) -> None:
+        """Requests that instances of a node gave up; its first one has that index."""
+        self.tables["moves"].append(
+            len(returned.request_id),
+            t_s,
+            returned.request_id,
+            np.asarray(returned.instance) + first_instance,
+            returned.output_tokens,
+            returned.why,
         )
 
     def node_joined(

@@ -19,10 +19,18 @@ from daemons.executors import torch_worker
 from emulators.engine import Engine, Event
 from emulators.models import ModelCard, load_model
 from emulators.profiles import load_gpu
-from emulators.server import gaps_of, readings_of
+from emulators.server import NO_SLOTS, GivenUp, gaps_of, readings_of, tune_engine
 from emulators.timing import IterationCost
 from testbed.core.errors import DeviceError, SpecError
-from testbed.core.messages import InstanceConfig, InstanceReadings, Request
+from testbed.core.messages import (
+    InstanceConfig,
+    InstanceReadings,
+    NodeConfig,
+    Request,
+    SlotReadings,
+    StartHow,
+    TuneKind,
+)
 
 _DEFAULT_KV_BLOCKS = 2048
 _START_TIMEOUT_S = 120.0
@@ -118,6 +126,7 @@ class ExecutedServing:
         self._wall_s = wall_s
         self._watch = watch
         self._workers: list[_Worker] = []
+        self._returned: list[GivenUp] = []
 
     def configure(self, instances: list[InstanceConfig], t_s: float) -> None:
         """Start a worker per instance and wait until all are warm.
@@ -164,11 +173,32 @@ class ExecutedServing:
                 ended = True
         return ended
 
-    def submit(self, instance: int, request: Request, t_s: float) -> None:
+    def configure_slots(self, config: NodeConfig, t_s: float) -> None:
+        """Refuse: workers load their model once."""
+        raise DeviceError(
+            "instances of real engines are fixed: cluster.elastic needs emulated GPUs"
+        )
+
+    def arrange(
+        self, sequence: int, instances: list[InstanceConfig], how: StartHow, t_s: float
+    ) -> None:
+        """Refuse, as `configure_slots`."""
+        raise DeviceError(
+            "instances of real engines are fixed: cluster.elastic needs emulated GPUs"
+        )
+
+    def tune(self, kind: TuneKind, instances: list[int], values: list[float], t_s: float) -> None:
+        """A quick change to some instances."""
+        for instance, value in zip(instances, values, strict=True):
+            worker = self._workers[instance]
+            self._returned += tune_engine(worker.engine, instance, kind, value, t_s)
+            worker.push()
+
+    def submit(self, instance: int, request: Request, t_s: float, ttft_s: float = math.inf) -> None:
         """Give a request to an instance."""
         worker = self._workers[instance]
         worker.engine.preprocess_slowdown = self.preprocess_slowdown
-        worker.engine.submit(request, max(t_s, worker.engine.now_s))
+        worker.engine.submit(request, max(t_s, worker.engine.now_s), ttft_s)
         worker.push()
 
     def advance_to(self, t_s: float) -> None:
@@ -191,6 +221,11 @@ class ExecutedServing:
             worker.engine.events.clear()
         return events
 
+    def drain_returned(self) -> list[GivenUp]:
+        """Requests given up since the last call."""
+        returned, self._returned = self._returned, []
+        return returned
+
     def drain_gaps(self) -> list[tuple[int, int, int]]:
         """Inter-token gaps since the last call: (instance, histogram bin, count)."""
         return gaps_of([worker.engine for worker in self._workers])
@@ -198,6 +233,10 @@ class ExecutedServing:
     def read(self, t_s: float) -> InstanceReadings:
         """Queue, batch and KV use of each instance."""
         return readings_of([worker.engine for worker in self._workers], t_s)
+
+    def slots(self) -> SlotReadings:
+        """Instances are fixed."""
+        return NO_SLOTS
 
     def close(self) -> None:
         """End the workers."""

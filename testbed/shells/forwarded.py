@@ -24,8 +24,17 @@ from urllib.parse import urlsplit
 from prometheus_client.parser import text_string_to_metric_families
 
 from emulators.engine import Event, EventKind, ItlHistogram
+from emulators.server import NO_SLOTS, GivenUp
 from testbed.core.errors import DeviceError, SpecError
-from testbed.core.messages import InstanceConfig, InstanceReadings, Request
+from testbed.core.messages import (
+    InstanceConfig,
+    InstanceReadings,
+    NodeConfig,
+    Request,
+    SlotReadings,
+    StartHow,
+    TuneKind,
+)
 
 _MAX_STREAMS = 256
 _TIMEOUT_S = 300.0
@@ -105,7 +114,25 @@ class ForwardedServing:
                         found[name] = found.get(name, 0.0) + sample.value
                 self._scraped = found
 
-    def submit(self, instance: int, request: Request, t_s: float) -> None:
+    def configure_slots(self, config: NodeConfig, t_s: float) -> None:
+        """Refuse: a server is one instance."""
+        raise DeviceError(
+            "instances of real engines are fixed: cluster.elastic needs emulated GPUs"
+        )
+
+    def arrange(
+        self, sequence: int, instances: list[InstanceConfig], how: StartHow, t_s: float
+    ) -> None:
+        """Refuse, as `configure_slots`."""
+        raise DeviceError(
+            "instances of real engines are fixed: cluster.elastic needs emulated GPUs"
+        )
+
+    def tune(self, kind: TuneKind, instances: list[int], values: list[float], t_s: float) -> None:
+        """Refuse: nothing in the protocol sets a server's batch or queue."""
+        raise DeviceError(f"a server behind a URL takes no {kind!r}")
+
+    def submit(self, instance: int, request: Request, t_s: float, ttft_s: float = math.inf) -> None:
         """Send a request; what becomes of it is told by `drain_events`."""
         self._active += 1
         self._streams.submit(self._stream, request)
@@ -179,6 +206,10 @@ class ForwardedServing:
             events, self._events = self._events, []
         return events
 
+    def drain_returned(self) -> list[GivenUp]:
+        """A server gives nothing back."""
+        return []
+
     def drain_gaps(self) -> list[tuple[int, int, int]]:
         """Inter-token gaps since the last call: (instance, histogram bin, count)."""
         with self._lock:
@@ -197,6 +228,10 @@ class ForwardedServing:
             output_tokens_total=[self._output_tokens],
             preemptions_total=[int(scraped.get(_PREEMPTIONS, 0))],
         )
+
+    def slots(self) -> SlotReadings:
+        """Instances are fixed."""
+        return NO_SLOTS
 
     def close(self) -> None:
         """Stop waiting for the server; it goes on by itself."""
