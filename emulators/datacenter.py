@@ -36,7 +36,6 @@ Pure physics: arrays, told the time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -53,8 +52,7 @@ _RECIRCULATION_C = 50.0
 """Inlet rise per missing share of airflow: 1 C per 2 %."""
 
 
-@dataclass(frozen=True, slots=True)
-class Happening:
+class Happening(NamedTuple):
     """Something worth a line: a breaker opened, a unit failed or came back."""
 
     level: str
@@ -114,8 +112,18 @@ def gpu_budget_w(spec: RunSpec, profile: GpuProfile) -> float:
 
 
 def gpu_order_c(plant: PlantSpec | None, gpus_per_node: int) -> Floats:
-    """How much warmer each GPU of a server runs than their mean, by its place in the airflow."""
-    spread_c = plant.gpu_order_c if plant is not None else 0.0
+    """`order_c` of a run's servers; zero without a plant."""
+    return order_c(plant.gpu_order_c if plant is not None else 0.0, gpus_per_node)
+
+
+def order_c(spread_c: float, gpus_per_node: int) -> Floats:
+    """How much warmer each GPU of a server runs than their mean, by its place in the airflow.
+
+    >>> order_c(10.0, 3).tolist()
+    [-5.0, 0.0, 5.0]
+    """
+    if gpus_per_node == 1:
+        return np.zeros(1)
     return np.linspace(-spread_c / 2, spread_c / 2, gpus_per_node)
 
 
@@ -235,7 +243,7 @@ class Datacenter:
         shared_w = np.maximum(
             self.row_w * scale, rating_w * min(1.0, float(self.ups_up.mean())) * min(1.0, scale)
         )
-        return np.minimum(rating_w, shared_w)
+        return np.asarray(np.minimum(rating_w, shared_w))
 
     # Time.
 
@@ -286,14 +294,14 @@ class Datacenter:
         load = self.host.load(gpus_w)
         self.server_w = np.where(lit, gpus_w + self.host.host_w(load), 0.0)
         self.airflow_m3_s = np.where(lit, self.host.airflow_m3_s(load), 0.0)
-        self.row_w = np.bincount(self.row, self.server_w, self.num_rows)
-        self.aisle_m3_s = np.bincount(self.aisle, self.airflow_m3_s, self.num_aisles)
+        self.row_w = np.bincount(self.row, self.server_w, self.num_rows).astype(float)
+        self.aisle_m3_s = np.bincount(self.aisle, self.airflow_m3_s, self.num_aisles).astype(float)
         up = self.ups_up
         live = up[self.cords]
         share = np.where(live, 1.0, 0.0) / np.maximum(live.sum(axis=1, keepdims=True), 1)
         self.ups_w = np.bincount(
             self.cords.ravel(), (share * self.server_w[:, None]).ravel(), self.plant.num_ups
-        )
+        ).astype(float)
 
     def _darken(self) -> None:
         fed = self.ups_up[self.cords].any(axis=1) & ~self.row_breakers.tripped[self.row]
@@ -311,7 +319,8 @@ class Datacenter:
         supply_c = supply_temp_c(outside_c, float(load))
         missing = 1.0 - self.aisle_capacity_m3_s / np.maximum(self.aisle_m3_s, 1e-9)
         hot_c = _RECIRCULATION_C * np.maximum(missing, 0.0)
-        return supply_c + self.offset_c + hot_c[self.aisle]
+        target: Floats = supply_c + self.offset_c + hot_c[self.aisle]
+        return target
 
 
 def supply_temp_c(outside_c: float, load_frac: float) -> float:

@@ -2,8 +2,8 @@
 
 For clusters and days that are too long to serve request by request. The same iteration times and
 work as the engine's (`emulators.timing`), put into a balance instead of being played: with ``n``
-sequences decoding, an iteration takes ``d(n)``, and one that also takes in a prompt ``m(n)`` longer.
-Requests of ``o`` output tokens leave at the rate
+sequences decoding, an iteration takes ``d(n)``, and one that also takes in a prompt ``m(n)``
+longer. Requests of ``o`` output tokens leave at the rate
 
     rate(n) = n / ((o - 1) d(n) + n m(n))
 

@@ -23,6 +23,7 @@ from emulators.elastic import Elastic
 from emulators.engine import Engine, Event
 from emulators.gpu import GpuBank
 from emulators.models import ModelCard, load_model, precision_of
+from emulators.opaque import opaque_activity
 from emulators.profiles import GpuProfile
 from emulators.state import GpuState
 from emulators.timing import IterationCost, Precision
@@ -37,6 +38,7 @@ from testbed.core.messages import (
     ReturnedWhy,
     SlotReadings,
     StartHow,
+    Surroundings,
     TuneKind,
 )
 
@@ -449,6 +451,7 @@ class ServerBank:
         self._bytes = np.zeros(bank.count)
         for serving in self.serving:
             serving.on_removed = self._settle
+        self._opaque_frac = np.zeros(bank.count)
         self._t_s = 0.0
         self._faults = sorted(faults)
         self._lost: set[int] = set()
@@ -460,6 +463,17 @@ class ServerBank:
             self._busy_s[gpu] -= encode_s + prefill_s + decode_s
             self._flops[gpu] -= flops
             self._bytes[gpu] -= hbm_bytes
+
+    def surround(self, node: int, around: Surroundings) -> None:
+        """What the building does to a node from now on."""
+        per_node = self.bank.count // len(self.serving)
+        gpus = range(node * per_node, (node + 1) * per_node)
+        self.bank.inlet_c[gpus.start : gpus.stop] = around.inlet_c
+        self._opaque_frac[gpus.start : gpus.stop] = around.load_frac
+        if around.dark:
+            for gpu in gpus:
+                if not self.bank.state.measured["lost"][gpu]:
+                    self.bank.lose(gpu)
 
     def _break(self, t_s: float) -> None:
         """Lose GPUs whose time has come, and end what ran on lost ones, whoever lost them."""
@@ -492,12 +506,17 @@ class ServerBank:
                     traffic[gpu] = hbm_bytes
         busy_s, flops_done, bytes_done = np.array(spent), np.array(work), np.array(traffic)
         profile = bank.profile
-        bank.advance(
-            dt_s,
-            np.minimum((busy_s - self._busy_s) / dt_s, 1.0),
-            (flops_done - self._flops) / (dt_s * profile.peak_flops),
-            (bytes_done - self._bytes) / (dt_s * profile.hbm_bytes_per_s),
-        )
+        busy_frac = np.minimum((busy_s - self._busy_s) / dt_s, 1.0)
+        tensor_frac = (flops_done - self._flops) / (dt_s * profile.peak_flops)
+        hbm_frac = (bytes_done - self._bytes) / (dt_s * profile.hbm_bytes_per_s)
+        if self._opaque_frac.any():  # on GPUs of their own: opaque VMs share none with engines
+            busy, tensor, hbm, _ = opaque_activity(profile, self._opaque_frac, bank.clock_frac)
+            busy_frac, tensor_frac, hbm_frac = (
+                busy_frac + busy,
+                tensor_frac + tensor,
+                hbm_frac + hbm,
+            )
+        bank.advance(dt_s, busy_frac, tensor_frac, hbm_frac)
         self._busy_s, self._flops, self._bytes = busy_s, flops_done, bytes_done
         clocks = bank.clock_frac.tolist()
         for serving in self.serving:

@@ -12,7 +12,7 @@ import numpy as np
 
 from emulators.fluid import FlowTables, Lengths
 from emulators.power import power_w
-from emulators.profiles import GpuProfile, load_gpu
+from emulators.profiles import load_gpu
 from testbed.core.spec import ClassSpec, PolicySpec, RunSpec, WorkloadSpec, parse_spec
 from testbed.policies.load import load_controller, load_router
 from testbed.policies.tapas.configurator import LOAD_STEPS
@@ -117,9 +117,7 @@ def make_fleet(
         good = goodput_rps(START, slo.name, 1.0, slo.ttft_s, slo.tpot_s)
         rate = partial(rate_rps, slo.name, sizing * good * count, spec.plant.start_hour)
         endpoints.append(Endpoint(lengths(spec.pool[place].name), rate, count, START))
-    return FluidFleet(
-        spec, load_gpu(spec.cluster.gpu), endpoints, CONFIGS, controllers, router
-    )
+    return FluidFleet(spec, load_gpu(spec.cluster.gpu), endpoints, CONFIGS, controllers, router)
 
 
 GRACE_S = 20.0
@@ -182,9 +180,7 @@ def run(
         for policy in spec.policy
     ]
     router = load_router(PolicySpec(use="tapas:TapasRouter")) if "route" in on else None
-    fleet = make_fleet(
-        spec, saas_vms=saas, controllers=controllers, router=router, sizing=sizing
-    )
+    fleet = make_fleet(spec, saas_vms=saas, controllers=controllers, router=router, sizing=sizing)
     return fleet, fleet.run(dt_s, until_s)
 
 

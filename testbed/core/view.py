@@ -440,7 +440,16 @@ def slots_to_gpus(num_gpus: Ints, pool: Ints, pool_priority: Ints, spare: int) -
     return instance, np.where(held, pool_priority[pool[latest]], spare)
 
 
-_C = TypeVar("_C", GpuColumns, InstanceColumns, TenantColumns, ServerColumns, AisleColumns, UpsColumns, VmColumns)
+_C = TypeVar(
+    "_C",
+    GpuColumns,
+    InstanceColumns,
+    TenantColumns,
+    ServerColumns,
+    AisleColumns,
+    UpsColumns,
+    VmColumns,
+)
 
 
 def empty_gpus(names: tuple[str, ...]) -> GpuColumns:

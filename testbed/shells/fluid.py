@@ -23,13 +23,15 @@ import numpy as np
 
 from emulators.datacenter import Datacenter, gpu_order_c
 from emulators.fluid import FlowTable, FlowTables, Lengths, flow_table
-from emulators.models import load_model
-from emulators.power import clock_for_limit, power_w, slowdown
+from emulators.models import load_model, quality_frac
+from emulators.opaque import opaque_activity
+from emulators.power import clock_for_limit, power_w
 from emulators.profiles import GpuProfile
 from emulators.thermal import Thermal
 from emulators.timing import IterationCost
 from testbed.coordinator.arbiter import Claims
-from testbed.coordinator.cluster import _read_only as read_only
+from testbed.coordinator.building import gpu_budgets_w, make_facility, show
+from testbed.coordinator.cluster import read_only
 from testbed.core.names import gpu_name, node_name
 from testbed.core.spec import RunSpec
 from testbed.core.view import (
@@ -37,20 +39,16 @@ from testbed.core.view import (
     PRECISIONS,
     STARTING,
     UP,
-    AisleColumns,
     Bools,
     Command,
-    Facility,
     Floats,
     Ints,
     LockClocks,
     PlaceVm,
     RowColumns,
-    ServerColumns,
     SetBatch,
     SetLayout,
     SetPowerLimit,
-    UpsColumns,
     View,
     VmColumns,
     empty_columns,
@@ -60,11 +58,8 @@ from testbed.core.view import (
 )
 from testbed.workloads.vms import PERIOD_H, Vms, make_vms
 
-OPAQUE = (0.3, 0.4)
-"""Tensor and memory activity of an opaque VM at full load: 660 W on an H100 (assumed)."""
 _FULL = 0.9
 """Share of an instance's capacity that is filled before others of its pool take more."""
-_MMLU = {"llama-2-70b": 0.689, "llama-2-13b": 0.548, "llama-2-7b": 0.453}
 _PASSES = 3
 """Rounds in which clocks, flows and limits of a step are brought together."""
 
@@ -249,29 +244,10 @@ class FluidFleet:
         # Kinds arrive in a mixed order, as customers' and the provider's requests do.
         order = np.random.default_rng([spec.seed, 41]).permutation(len(vms.name))
         self._order: Ints = order[np.argsort(self._arrival_s[order], kind="stable")]
-        aisle, ups = (
-            tuple(f"{what}{k}" for k in range(n))
-            for what, n in (("aisle", hall.num_aisles), ("ups", len(hall.ups_w)))
-        )
-        servers = empty_columns(ServerColumns, nodes)
-        servers.row[:], servers.aisle[:] = hall.row, hall.aisle
-        servers.ups_a[:], servers.ups_b[:] = hall.cords.T
         rows = tuple(f"row{k}" for k in range(hall.num_rows))
         models = tuple(dict.fromkeys(config.model for config in self.configs))
         self.rows = RowColumns(rows, np.full(hall.num_rows, np.inf))
-        self.facility = Facility(
-            0.0,
-            hall.hour,
-            hall.outside_c,
-            np.zeros(hall.num_rows),
-            hall.row_limit_w,
-            hall.row_breakers.rating_w,
-            servers,
-            empty_columns(AisleColumns, aisle),
-            empty_columns(UpsColumns, ups),
-            vms,
-            np.full(len(gpus.name), -1),
-        )
+        self.facility = make_facility(hall, nodes, len(gpus.name), vms)
         return View(
             now_s=0.0,
             rows=self.rows,
@@ -351,14 +327,14 @@ class FluidFleet:
         for index, endpoint in enumerate(self.endpoints):
             members = (pool == index) & ready
             asked = endpoint.rate_rps(t_s) * noise[index]
-            rates += _spread(asked, np.where(members, weights, 0.0), np.where(members, capacity, 0.0))
+            rates += _spread(
+                asked, np.where(members, weights, 0.0), np.where(members, capacity, 0.0)
+            )
         return rates
 
-    def _serve(
-        self, t_s: float, dt_s: float
-    ) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    def _serve(self, t_s: float, dt_s: float) -> tuple[Floats, Floats, Floats, Floats, Floats]:
         """Rates asked and served, gaps and first tokens of each server, draw of each GPU."""
-        profile, per = self.profile, self.per
+        profile = self.profile
         lit = ~self.hall.dark
         saas = (self.config >= 0) & lit
         ready = saas & (self.ready_s <= t_s)
@@ -381,12 +357,10 @@ class FluidFleet:
             capacity = np.where(ready, self._tables.capacity_rps(which, slowest), 0.0)
             served = np.minimum(rates + self.backlog / dt_s, capacity)
             flow = self._tables.at(which, served, slowest)
-            # An opaque VM at full clock does its load; slower, it is busy for longer, then short.
-            times = slowdown(profile, clock, np.ones(len(clock)), OPAQUE[0], 1.0)
-            done = np.minimum(load_gpu, 1.0 / times)
-            busy = np.where(working, flow.busy_frac[server], done * times)
-            tensor = np.where(working, flow.tensor_frac[server], done * OPAQUE[0])
-            hbm = np.where(working, flow.hbm_frac[server], done * OPAQUE[1])
+            busy, tensor, hbm, times = opaque_activity(profile, load_gpu, clock)
+            busy = np.where(working, flow.busy_frac[server], busy)
+            tensor = np.where(working, flow.tensor_frac[server], tensor)
+            hbm = np.where(working, flow.hbm_frac[server], hbm)
             x = np.where(working, slowest[server], clock)
             draw_w = power_w(profile, x, busy, tensor, hbm)
             over = (draw_w > limit_w) & (clock > 0.25)
@@ -454,24 +428,14 @@ class FluidFleet:
         instances.outstanding_tokens[:] = instances.outstanding_requests * (prompt + output)
         instances.prompt_tokens_total += np.rint(served * dt_s * prompt).astype(np.int64)
         instances.output_tokens_total += np.rint(served * dt_s * output).astype(np.int64)
-        facility.t_s, facility.hour, facility.outside_c = t_s, hall.hour, hall.outside_c
-        facility.row_draw_w[:] = hall.row_w
-        facility.row_limit_w = hall.row_limit_w
-        servers = facility.servers
-        servers.inlet_c[:], servers.airflow_m3_s[:] = hall.inlet_c, hall.airflow_m3_s
-        servers.draw_w[:], servers.dark[:] = hall.server_w, hall.dark
-        servers.free_gpus[:] = np.where((self.vm_of < 0) & ~hall.dark, self.per, 0)
-        facility.aisles.airflow_m3_s[:] = hall.aisle_m3_s
-        facility.aisles.capacity_m3_s[:] = hall.aisle_capacity_m3_s
-        facility.aisles.rating_m3_s[:] = hall.aisle_rating_m3_s
-        facility.ups.up[:], facility.ups.draw_w[:] = hall.ups_up, hall.ups_w
-        facility.ups.limit_w[:] = hall.ups_limit_w
+        show(facility, hall, t_s)
+        free = (self.vm_of < 0) & ~hall.dark
+        facility.servers.free_gpus[:] = np.where(free, self.per, 0)
         by_server_w = draw_w.reshape(-1, self.per).sum(axis=1)
         placed = np.flatnonzero(self.vm_of >= 0)
         facility.vms.draw_w[:] = 0.0
         facility.vms.draw_w[self.vm_of[placed]] = by_server_w[placed]
-        host_w = np.bincount(hall.row, hall.server_w - by_server_w, hall.num_rows)
-        self.rows.budget_w[:] = np.maximum(facility.row_limit_w - host_w, 0.0)
+        self.rows.budget_w[:] = gpu_budgets_w(hall, by_server_w)
 
     # What policies say.
 
@@ -484,9 +448,7 @@ class FluidFleet:
             for command in controller.step(self.view):
                 self._obey(index, command, t_s)
         top = self.gpus.power_limit_max_w
-        self.limit_w = np.clip(
-            self._power.resolve(top)[0], self.profile.power_limit_min_w, None
-        )
+        self.limit_w = np.clip(self._power.resolve(top)[0], self.profile.power_limit_min_w, None)
         self.lock_frac = np.clip(self._locks.resolve(np.ones(len(top)))[0], 0.25, 1.0)
 
     def _obey(self, policy: int, command: Command, t_s: float) -> None:
@@ -542,7 +504,7 @@ class FluidFleet:
     ) -> None:
         tally, hall = self.tally, self.hall
         tally.time_s += dt_s
-        capped = self._caps[self._safety].any(axis=0).reshape(-1, self.per).any(axis=1)
+        capped: Bools = self._caps[self._safety].any(axis=0).reshape(-1, self.per).any(axis=1)
         tally.power_events += int((capped & ~self._was_capped).sum())
         tally.capped_s += float(capped.sum()) * dt_s
         self._was_capped = capped
@@ -646,6 +608,6 @@ def flow_of(config: Config, lengths: Lengths, profile: GpuProfile) -> FlowTable:
 
 
 def quality_table(models: Sequence[str]) -> Floats:
-    """Quality of models (rows) at `PRECISIONS` (columns)."""
-    own = np.array([_MMLU[model] for model in models])
-    return own[:, None] * np.array([1.0, 0.995, 0.98, 0.98, 1.0])
+    """Declared quality of models (rows) at `PRECISIONS` (columns)."""
+    cards = [load_model(model) for model in models]
+    return np.array([[quality_frac(card, precision) for precision in PRECISIONS] for card in cards])

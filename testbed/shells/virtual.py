@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,13 @@ def _virtual_node(
     spoke = network.spoke(name, 1, deliver)
     tenants = ModelledTenants(plan) if plan is not None else None
     daemon = NodeDaemon(
-        name, gpus, CapGuard(gpus, NoJournal()), serving, spoke.send, tenants=tenants
+        name,
+        gpus,
+        CapGuard(gpus, NoJournal()),
+        serving,
+        spoke.send,
+        tenants=tenants,
+        surround=partial(servers.surround, index),
     )
     shell = NodeSchedule(daemon, loop)
     return shell

@@ -37,9 +37,7 @@ class Allocator:
         """Remember the hottest hour: what is placed will meet it again."""
         self._outside_max_c = max(self._outside_max_c, facility.outside_c)
 
-    def place(
-        self, gpus: GpuColumns, facility: Facility, models: Predictors
-    ) -> PlaceVm | None:
+    def place(self, gpus: GpuColumns, facility: Facility, models: Predictors) -> PlaceVm | None:
         """Places for all VMs that wait and for which there is room."""
         vms, servers = facility.vms, facility.servers
         waiting = np.flatnonzero(vms.node == -1)
@@ -48,7 +46,7 @@ class Allocator:
         plan = _Plan(gpus, facility, models, self._outside_max_c)
         chosen: list[tuple[int, int]] = []
         # Hot ones first: they have the fewest places that will do.
-        heat = [-plan.expected_w(vms, vm).max() for vm in waiting]
+        heat = [-plan.expected_w(vms, int(vm)).max() for vm in waiting]
         for vm in waiting[np.argsort(heat, kind="stable")]:
             room = np.flatnonzero((plan.free >= vms.num_gpus[vm]) & ~servers.dark)
             if not len(room):

@@ -47,7 +47,9 @@ class TapasRouter:
         if not 0 < ramp < top:
             raise ValueError(f"need 0 < ramp < top, not {ramp}, {top}")
         if not 0 <= temp_margin_c < temp_ramp_c:
-            raise ValueError(f"need temp_margin_c < temp_ramp_c, not {temp_margin_c}, {temp_ramp_c}")
+            raise ValueError(
+                f"need temp_margin_c < temp_ramp_c, not {temp_margin_c}, {temp_ramp_c}"
+            )
         self.temp_limit_c, self.temp_ramp_c = temp_limit_c, temp_ramp_c
         self.temp_margin_c = temp_margin_c
         self.ramp, self.top, self.lean, self.table_s = ramp, top, lean, table_s

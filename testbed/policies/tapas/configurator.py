@@ -204,7 +204,8 @@ class Configurator:
             self._tokens, self._then_s = tokens, view.now_s
         held = np.maximum(instances.num_waiting + instances.num_running, 1)
         waiting_tokens = instances.outstanding_tokens * instances.num_waiting / held
-        return self._demand_tps + waiting_tokens / _DRAIN_S
+        demand: Floats = self._demand_tps + waiting_tokens / _DRAIN_S
+        return demand
 
     def _instances(self, view: View) -> _Instances:
         gpus, columns, table = view.gpus, view.instances, self.profiles
@@ -248,7 +249,7 @@ class Configurator:
         if not emergency:
             # Of the quality that the pool was given; what is something else may return.
             fits &= model[them.own][:, None] == model[table.kind_number]
-        return (fits & free[:, None]) | same
+        return np.asarray((fits & free[:, None]) | same)
 
     def _choose(
         self,
@@ -291,7 +292,7 @@ class Configurator:
 
         def finest(mask: Bools) -> Bools:
             best = np.where(mask, quality, -1.0).max(axis=1)
-            return mask & (quality >= best[:, None] - 1e-9)
+            return np.asarray(mask & (quality >= best[:, None] - 1e-9))
 
         # First wish: all of the demand, at the best quality, with the least power.
         good = finest(within & enough)
@@ -357,9 +358,7 @@ class Configurator:
                     room_w[mine] = np.minimum(room_w[mine], back(part))
         return room_w
 
-    def _say(
-        self, view: View, them: _Instances, choice: Ints, emergency: bool
-    ) -> list[Command]:
+    def _say(self, view: View, them: _Instances, choice: Ints, emergency: bool) -> list[Command]:
         table, columns = self.profiles, view.instances
         commands: list[Command] = []
         reload = table.kind_number[choice] != them.kind

@@ -32,7 +32,8 @@ class InletModel:
         size = len(_KNOTS_C) + 3
         self._left, self._right = np.zeros((size, size)), np.zeros(size)
         self._weights = np.zeros(size)
-        self._offset_c, self._samples = np.zeros(count), np.zeros(count)
+        self._offset_c: Floats = np.zeros(count)
+        self._samples: Floats = np.zeros(count)
 
     @staticmethod
     def _features(outside_c: float, load: float) -> Floats:
@@ -40,13 +41,13 @@ class InletModel:
 
     def observe(self, outside_c: float, load: float, inlet_c: Floats) -> None:
         """A sample of all servers at one time."""
-        features, mean_c = self._features(outside_c, load), inlet_c.mean()
+        features, mean_c = self._features(outside_c, load), float(inlet_c.mean())
         self._left += np.outer(features, features)
         self._right += features * mean_c
         ridge = _RIDGE * np.eye(len(features))
         self._weights = np.linalg.solve(self._left + ridge, self._right)
         self._samples += 1.0
-        self._offset_c += (inlet_c - mean_c - self._offset_c) / self._samples
+        self._offset_c = self._offset_c + (inlet_c - mean_c - self._offset_c) / self._samples
 
     @property
     def offset_c(self) -> Floats:
@@ -79,7 +80,7 @@ class HeatModel:
 
     @property
     def lines(self) -> tuple[Floats, Floats]:
-        """Intercept (C) and slope (C per W) of each GPU; the fleet's slope where little is known."""
+        """Intercept (C) and slope (C/W) of each GPU; the fleet's slope where little is known."""
         n = np.maximum(self._n, 1.0)
         variance = np.maximum(self._xx / n - (self._x / n) ** 2, 0.0)
         covariance = self._xy / n - self._x * self._y / n**2
@@ -193,7 +194,7 @@ class Predictors:
         if not short.any():
             self.inlet.observe(facility.outside_c, float(load), servers.inlet_c)
         self.heat.observe(gpus.temp_c - servers.inlet_c[gpus.node], gpus.power_avg_w)
-        gpus_w = np.bincount(gpus.node, gpus.power_avg_w, len(servers.name))
+        gpus_w = np.bincount(gpus.node, gpus.power_avg_w, len(servers.name)).astype(float)
         self.server.observe(gpus_w, servers.draw_w, servers.airflow_m3_s)
         running = np.flatnonzero(vms.node >= 0)
         if len(running):
