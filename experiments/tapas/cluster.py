@@ -20,12 +20,14 @@ from testbed.shells.fluid import Config, Endpoint, FluidFleet, Tally, flow_of
 from testbed.workloads import open_workload
 from testbed.workloads.vms import PERIOD_H, demand_frac
 
-BASE = Path(__file__).with_name("run.toml").read_text(encoding="utf-8")
+BASE = Path(__file__).with_name("cluster.toml").read_text(encoding="utf-8")
 ROW_SERVERS = 40
 """Servers that a row's limits are sized for."""
 SIZING = 0.7
 """Demand of an endpoint's busiest hour over what its VMs can serve within the latency limits, all
 alike. A free parameter: swept."""
+RELOAD_S = 30.0
+"""Tens of seconds for another model, precision or parallelism (uncertain): swept."""
 PEAK_FRAC = 0.9
 """Share of an instance's capacity that counts as served within the limits: queues need room."""
 START = Config("llama-2-70b", "bf16", 8, 64)
@@ -68,36 +70,45 @@ def goodput_rps(config: Config, service: str, clock: float, ttft_s: float, tpot_
     return float(rates[good].max()) if good.any() else 0.0
 
 
+def profile_rows(
+    service: str, configs: tuple[Config, ...], ttft_s: float, tpot_s: float
+) -> list[dict[str, Any]]:
+    """What TAPAS is told of configurations: swept on the emulator, as a provider does offline."""
+    gpu, shape = load_gpu("h100-sxm"), lengths(service)
+    tokens = shape.prompt_tokens + shape.output_tokens
+    rows: list[dict[str, Any]] = []
+    for config in configs:
+        tables = FlowTables([flow_of(config, shape, gpu)])
+        for clock in PROFILE_CLOCKS:
+            most = goodput_rps(config, service, clock, ttft_s, tpot_s)
+            if not most:
+                continue
+            which, at = np.zeros(len(LOAD_STEPS), np.int64), np.full(len(LOAD_STEPS), clock)
+            flow = tables.at(which, LOAD_STEPS * most, at)
+            draw_w = power_w(gpu, clock, flow.busy_frac, flow.tensor_frac, flow.hbm_frac)
+            rows.append(
+                {
+                    "pool": service,
+                    "model": config.model,
+                    "precision": config.precision,
+                    "tp": config.tp,
+                    "max_num_seqs": config.max_num_seqs,
+                    "clock_frac": clock,
+                    "goodput_tps": most * tokens,
+                    "gpu_w": draw_w.tolist(),
+                }
+            )
+    return rows
+
+
 @cache
 def profiles(ttft_s: float, tpot_s: float) -> list[dict[str, Any]]:
-    """What TAPAS is told of configurations: swept on the emulator, as a provider does offline."""
-    gpu = load_gpu("h100-sxm")
-    rows: list[dict[str, Any]] = []
-    for service in ("chat", "code"):
-        shape = lengths(service)
-        tokens = shape.prompt_tokens + shape.output_tokens
-        for config in CONFIGS:
-            tables = FlowTables([flow_of(config, shape, gpu)])
-            for clock in PROFILE_CLOCKS:
-                most = goodput_rps(config, service, clock, ttft_s, tpot_s)
-                if not most:
-                    continue
-                which, at = np.zeros(len(LOAD_STEPS), np.int64), np.full(len(LOAD_STEPS), clock)
-                flow = tables.at(which, LOAD_STEPS * most, at)
-                draw_w = power_w(gpu, clock, flow.busy_frac, flow.tensor_frac, flow.hbm_frac)
-                rows.append(
-                    {
-                        "pool": service,
-                        "model": config.model,
-                        "precision": config.precision,
-                        "tp": config.tp,
-                        "max_num_seqs": config.max_num_seqs,
-                        "clock_frac": clock,
-                        "goodput_tps": most * tokens,
-                        "gpu_w": draw_w.tolist(),
-                    }
-                )
-    return rows
+    """Profiles of both endpoints."""
+    return [
+        row
+        for service in ("chat", "code")
+        for row in profile_rows(service, CONFIGS, ttft_s, tpot_s)
+    ]
 
 
 def make_fleet(
@@ -107,6 +118,7 @@ def make_fleet(
     controllers: list[Any],
     router: Any,
     sizing: float = SIZING,
+    reload_s: float = RELOAD_S,
 ) -> FluidFleet:
     """The cluster of a spec with ``saas_vms`` VMs that serve, half of them each endpoint."""
     assert spec.plant is not None
@@ -117,10 +129,12 @@ def make_fleet(
         good = goodput_rps(START, slo.name, 1.0, slo.ttft_s, slo.tpot_s)
         rate = partial(rate_rps, slo.name, sizing * good * count, spec.plant.start_hour)
         endpoints.append(Endpoint(lengths(spec.pool[place].name), rate, count, START))
-    return FluidFleet(spec, load_gpu(spec.cluster.gpu), endpoints, CONFIGS, controllers, router)
+    return FluidFleet(
+        spec, load_gpu(spec.cluster.gpu), endpoints, CONFIGS, controllers, router, reload_s=reload_s
+    )
 
 
-GRACE_S = 20.0
+GRACE_S = 45.0
 """How long the last-resort cap waits where a configurator may act first. A UPS bears 133 % for some
 100 s."""
 RUNGS = ("place", "route", "config")
@@ -137,6 +151,7 @@ def run(
     sizing: float = SIZING,
     tapas: dict[str, Any] | None = None,
     saas_share: float = 0.5,
+    reload_s: float = RELOAD_S,
 ) -> tuple[FluidFleet, Tally]:
     """One run of the cluster.
 
@@ -150,6 +165,7 @@ def run(
         sizing: see `SIZING`.
         tapas: parameters of the policy to change.
         saas_share: share of VMs that serve endpoints.
+        reload_s: how long an instance is out while it reloads.
     """
     per_row = round(ROW_SERVERS * (1.0 + oversubscription))
     vms = round(0.95 * 2 * per_row)
@@ -180,7 +196,14 @@ def run(
         for policy in spec.policy
     ]
     router = load_router(PolicySpec(use="tapas:TapasRouter")) if "route" in on else None
-    fleet = make_fleet(spec, saas_vms=saas, controllers=controllers, router=router, sizing=sizing)
+    fleet = make_fleet(
+        spec,
+        saas_vms=saas,
+        controllers=controllers,
+        router=router,
+        sizing=sizing,
+        reload_s=reload_s,
+    )
     return fleet, fleet.run(dt_s, until_s)
 
 

@@ -202,5 +202,6 @@ def _shown(facility: Facility) -> Facility:
         if isinstance(value, np.ndarray):
             value = value.view()
             value.flags.writeable = False
-        parts[part.name] = read_only(value) if is_dataclass(value) else value
+        is_columns = is_dataclass(value) and not isinstance(value, type)
+        parts[part.name] = read_only(value) if is_columns else value
     return Facility(**parts)

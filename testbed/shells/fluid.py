@@ -504,7 +504,8 @@ class FluidFleet:
     ) -> None:
         tally, hall = self.tally, self.hall
         tally.time_s += dt_s
-        capped: Bools = self._caps[self._safety].any(axis=0).reshape(-1, self.per).any(axis=1)
+        by_gpu = np.asarray(self._caps[self._safety].any(axis=0))
+        capped: Bools = np.asarray(by_gpu.reshape(-1, self.per).any(axis=1))
         tally.power_events += int((capped & ~self._was_capped).sum())
         tally.capped_s += float(capped.sum()) * dt_s
         self._was_capped = capped

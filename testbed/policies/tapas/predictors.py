@@ -30,8 +30,9 @@ class InletModel:
 
     def __init__(self, count: int) -> None:
         size = len(_KNOTS_C) + 3
-        self._left, self._right = np.zeros((size, size)), np.zeros(size)
-        self._weights = np.zeros(size)
+        self._left: Floats = np.zeros((size, size))
+        self._right: Floats = np.zeros(size)
+        self._weights: Floats = np.zeros(size)
         self._offset_c: Floats = np.zeros(count)
         self._samples: Floats = np.zeros(count)
 
@@ -45,7 +46,7 @@ class InletModel:
         self._left += np.outer(features, features)
         self._right += features * mean_c
         ridge = _RIDGE * np.eye(len(features))
-        self._weights = np.linalg.solve(self._left + ridge, self._right)
+        self._weights = np.asarray(np.linalg.solve(self._left + ridge, self._right), np.float64)
         self._samples += 1.0
         self._offset_c = self._offset_c + (inlet_c - mean_c - self._offset_c) / self._samples
 
