@@ -15,7 +15,7 @@ decisions (`testbed.core.clock`).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from emulators.models import load_model
 from emulators.profiles import GpuProfile, load_gpu
@@ -27,7 +27,10 @@ from testbed.core.errors import SpecError
 from testbed.core.messages import GpuInfo, InstanceConfig
 from testbed.core.spec import RunSpec
 from testbed.core.transport.zmq import Curve
+from testbed.core.view import Controller, Router
 from testbed.policies.load import load_controller, load_router
+from testbed.policies.serving_profile import Learner
+from testbed.profiling import profile_of
 from testbed.recorder.writer import Recorder, new_run_folder, write_summary
 from testbed.shells.live import run_live
 from testbed.shells.node import NodeOptions, curve_of, node, parse_fault, parse_gpus
@@ -41,6 +44,7 @@ __all__ = [
     "Progress",
     "Status",
     "curve_of",
+    "load_policies",
     "node",
     "parse_fault",
     "parse_gpus",
@@ -82,8 +86,7 @@ def run(
         raise SpecError("with CURVE keys nodes are started by hand: give --no-spawn as well")
     profile = load_gpu(spec.cluster.gpu)
     _check(spec, profile)
-    controllers = [load_controller(policy) for policy in spec.policy]
-    router = load_router(spec.router)
+    controllers, router = load_policies(spec)
     requests = open_workload(spec.workload, spec.slo_class, spec.seed, spec.duration_s)
     folder = new_run_folder(out, spec.name)
     try:
@@ -97,6 +100,29 @@ def run(
         # A run that failed has a summary of as far as it came, marked invalid.
         write_summary(folder, summarise(folder))
     return folder
+
+
+def load_policies(spec: RunSpec) -> tuple[list[Controller], Router]:
+    """The run's policies, each taught what it plans with.
+
+    A router named as one of the controllers, without parameters of its own, is that controller: a
+    policy that both routes and steps.
+    """
+    controllers = [load_controller(policy) for policy in spec.policy]
+    router = next(
+        (
+            cast(Router, controller)
+            for policy, controller in zip(spec.policy, controllers, strict=True)
+            if policy.use == spec.router.use
+            and not spec.router.params
+            and callable(getattr(controller, "route", None))
+        ),
+        None,
+    ) or load_router(spec.router)
+    learners = {id(p): cast(Learner, p) for p in (*controllers, router) if hasattr(p, "learn")}
+    for learner in learners.values():
+        learner.learn(profile_of(spec, learner.sweep))
+    return controllers, router
 
 
 def _check(spec: RunSpec, profile: GpuProfile) -> None:

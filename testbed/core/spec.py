@@ -80,6 +80,12 @@ class ClassSpec(_Table, frozen=True):
     """Weight of the class when the workload assigns classes; see also ``images``."""
     images: Literal["any", "only", "never"] = "any"
     """Which requests may fall into it: those with images, those without, or both."""
+    prompt_min_tokens: Annotated[int, Meta(ge=0)] = 0
+    prompt_max_tokens: Annotated[int, Meta(ge=0)] = 1 << 31
+    """Bounds on the text prompt of its requests, both included."""
+    output_min_tokens: Annotated[int, Meta(ge=0)] = 0
+    output_max_tokens: Annotated[int, Meta(ge=0)] = 1 << 31
+    """Bounds on their output, both included."""
     ttft_s: Positive = 2.0
     tpot_s: Positive = 0.1
 
@@ -210,6 +216,25 @@ class ReconfigureSpec(_Table, frozen=True):
     delays: Delays = Delays()
 
 
+class LedgerSpec(_Table, frozen=True):
+    """What energy and GPU time are charged at; see `testbed.analysis.ledger`."""
+
+    grid: str = ""
+    """Grid whose hourly carbon intensity we ship (BPAT, CISO, ERCO, PJM); empty counts no carbon.
+    """
+    begins_h: NotNegative = 0.0
+    """Hour of that series, and of the day, at the run's zero."""
+    time_scale: Positive = 1.0
+    """Seconds of the trace that a second of the run stands for."""
+    price_usd_per_kwh: list[NotNegative] = msgspec.field(default_factory=lambda: [0.08])
+    """One for all hours, or 24, one for each hour of the day (UTC). Assumed."""
+    gpu_usd_per_h: NotNegative = 12.29
+    """List price of a virtual machine with eight H100s in 2024, an eighth of it (assumed)."""
+    host_w: NotNegative = 0.0
+    """What a node in use draws beside its GPUs; 0 counts GPUs alone."""
+    pue: Annotated[float, Meta(ge=1, le=4)] = 1.0
+
+
 class TransportSpec(_Table, frozen=True):
     """The wire. ``delay_s`` holds in every mode; jitter and loss are injected in virtual time."""
 
@@ -267,6 +292,7 @@ class RunSpec(_Table, frozen=True):
     vms: VmSpec = VmSpec()
     fault: list[FaultSpec] = []
     reconfigure: ReconfigureSpec = ReconfigureSpec()
+    ledger: LedgerSpec = LedgerSpec()
     transport: TransportSpec = TransportSpec()
     control: ControlSpec = ControlSpec()
     record: RecordSpec = RecordSpec()
@@ -464,6 +490,11 @@ def _check(spec: RunSpec) -> None:
     _check_plant(spec)
     if any(fault.kind == "gpu_lost" for fault in spec.fault) and spec.mode == "hardware":
         raise SpecError("run spec: fault: only emulated GPUs can be told to fail")
+    if len(spec.ledger.price_usd_per_kwh) not in (1, 24):
+        raise SpecError(
+            f"run spec: ledger.price_usd_per_kwh has {len(spec.ledger.price_usd_per_kwh)} values, "
+            "must have 1 or 24"
+        )
     if spec.control.lease_s < 3 * spec.control.sample_period_s:
         raise SpecError(
             f"run spec: control.lease_s = {spec.control.lease_s} must be at least three times "

@@ -27,7 +27,7 @@ from testbed.core.errors import PolicyError
 from testbed.core.spec import PolicySpec
 from testbed.core.view import Controller, Router
 
-_NOT_POLICIES = {"load"}
+_NOT_POLICIES = {"load", "serving_profile"}
 
 
 def shipped_policies() -> list[str]:
