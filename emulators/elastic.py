@@ -111,7 +111,11 @@ class Elastic:
         for slot in held.values():
             if slot.config.serial in wanted and slot.state == DRAINING:
                 slot.state, slot.until_s = UP, math.inf
-        new = [instance for instance in instances if instance.serial not in held]
+        new = [
+            instance
+            for instance in instances
+            if instance.serial not in held and not self._lost(instance)
+        ]
         leaving = []
         for number, slot in list(self._slots.items()):
             if slot.config.serial in wanted:
@@ -163,7 +167,9 @@ class Elastic:
         if not self._moving:
             return
         for number, slot in list(self._slots.items()):
-            if slot.state == STARTING and slot.until_s <= t_s:
+            if slot.state == STARTING and self._lost(slot.config):
+                self._end(number, "gone", t_s)
+            elif slot.state == STARTING and slot.until_s <= t_s:
                 self._serving.add(number, slot.config, t_s)
                 slot.state, slot.ready_s, slot.until_s = UP, t_s, math.inf
                 for kind, value in slot.tunes:
@@ -175,6 +181,8 @@ class Elastic:
         waiting = []
         taken = {gpu for slot in self._slots.values() for gpu in slot.config.gpus}
         for instance, how, boots in self._pending:
+            if self._lost(instance):
+                continue
             if taken.isdisjoint(instance.gpus):
                 self._start(instance, how, boots, t_s)
             else:
@@ -203,6 +211,11 @@ class Elastic:
         for gpu in instance.gpus:
             times_s = (t_s + start.copy_from_s, t_s + start.copy_to_s)
             self._bank.copy(self._first_gpu + gpu, *times_s, num_bytes / instance.tp)
+
+    def _lost(self, instance: InstanceConfig) -> bool:
+        """Whether a GPU of an instance has fallen off the bus."""
+        gpus = [self._first_gpu + gpu for gpu in instance.gpus]
+        return bool(self._bank.state.measured["lost"][gpus].any())
 
     def _begin(self, instance: InstanceConfig, ready_s: float) -> None:
         self._serving.load(instance)

@@ -1,4 +1,4 @@
-"""Figures of the TAPAS experiment: heat of the rows, power against limits, capacity against caps."""
+"""Figures of the TAPAS experiment: heat of the rows, power against limits, servers against caps."""
 
 from __future__ import annotations
 

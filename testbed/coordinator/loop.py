@@ -778,6 +778,7 @@ class Coordinator:
         gone = [node.instances.start + k for k, serial in enumerate(seen) if serial not in stay]
         self._batches.forget(np.array(gone, np.int64))
         self._draining[gone] = self._by_deadline[gone] = False
+        self._own_seqs[gone] = 0
         for config in node.configs:
             self._own_seqs[node.instances.start + config.gpus[0]] = config.engine.max_num_seqs
 
@@ -787,9 +788,10 @@ class Coordinator:
         limit, winner = self._batches.resolve(self._own_seqs.astype(np.float64))
         seqs = np.where(instances.num_gpus > 0, limit, 0).astype(np.int64)
         changed = seqs != instances.max_num_seqs
+        changed &= seqs > 0
         if changed.any():
-            instances.max_num_seqs[:] = seqs
             which = np.flatnonzero(changed)
+            instances.max_num_seqs[which] = seqs[which]
             self._records.layout(now_s, self._step + 1, which, instances)
             self._tune("batch", which, seqs[which], now_s)
         return winner, changed
@@ -823,7 +825,8 @@ class Coordinator:
         """A node that has just begun knows nothing of batches and queues that were changed."""
         which = np.arange(node.instances.start, node.instances.stop)
         seqs, own = self.layout.instances.max_num_seqs[which], self._own_seqs[which]
-        self._tune("batch", which[seqs != own], seqs[seqs != own], now_s)
+        changed = (seqs != own) & (seqs > 0)
+        self._tune("batch", which[changed], seqs[changed], now_s)
         ordered = which[self._by_deadline[which]]
         self._tune("order", ordered, np.ones(len(ordered)), now_s)
 

@@ -324,8 +324,9 @@ class SetLayout:
     same precision on overlapping GPUs, it is re-sharded: its requests are handed back at once and
     the new instances serve some 0.1 s later (docs/decisions/0040).
 
-    The last layout said for a node stands; of several policies that of the highest precedence
-    holds, then that of the policy listed first. A ``layout`` of None takes a policy's word back.
+    A placement on a lost GPU stays empty. The last layout said for a node stands; of several
+    policies that of the highest precedence holds, then that of the policy listed first. A
+    ``layout`` of None takes a policy's word back.
     """
 
     node: int
@@ -536,6 +537,47 @@ def view_of(
         models=("llama-3.1-8b",),
         model_quality_frac=np.full((1, len(PRECISIONS)), np.nan),
     )
+
+
+def view_of_layouts(
+    layouts: list[tuple[Placement, ...]],
+    *,
+    gpus_per_node: int = 8,
+    pools: tuple[str, ...] = ("default",),
+    models: tuple[str, ...] = ("llama-2-70b",),
+    draw_w: float = 300.0,
+    now_s: float = 10.0,
+) -> View:
+    """A small view of an elastic run for doctests and tests: what each node holds, all of it up.
+
+    GPUs are as those of `view_of`, on one row; each pool serves the class of its name.
+
+    >>> eight, fours = (Placement(0, 8, 0, 0),), (Placement(0, 4, 0, 0), Placement(4, 4, 0, 0))
+    >>> view = view_of_layouts([eight, fours, ()])
+    >>> np.flatnonzero(view.instances.up).tolist(), view.gpus.instance[[7, 8, 15, 16]].tolist()
+    ([0, 8, 12], [0, 8, 12, -1])
+    """
+    view = view_of([[draw_w] * (gpus_per_node * len(layouts))], now_s=now_s)
+    slots, gpus = view.instances, view.gpus
+    slots.node[:] = gpus.node[:] = np.arange(len(gpus.name)) // gpus_per_node
+    slots.up[:] = False
+    slots.num_gpus[:] = slots.max_num_seqs[:] = slots.state[:] = OFF
+    slots.pool[:] = slots.model[:] = slots.precision[:] = -1
+    for node, layout in enumerate(layouts):
+        for placement in layout:
+            slot = node * gpus_per_node + placement.first_gpu
+            slots.up[slot], slots.state[slot] = True, UP
+            slots.num_gpus[slot], slots.max_num_seqs[slot] = placement.tp, 256
+            slots.pool[slot], slots.model[slot] = placement.pool, placement.model
+            slots.precision[slot] = PRECISIONS.index(placement.precision)
+    view.pools, view.pool_priority = pools, np.ones(len(pools), np.int64)
+    view.pool_of_class = {name: index for index, name in enumerate(pools)}
+    view.models = models
+    view.model_quality_frac = np.full((len(models), len(PRECISIONS)), np.nan)
+    gpus.instance, gpus.priority = slots_to_gpus(
+        slots.num_gpus, slots.pool, view.pool_priority, spare=1
+    )
+    return view
 
 
 def with_facility(

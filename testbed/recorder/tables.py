@@ -409,6 +409,7 @@ def flatten(command: Command) -> Flat:
 
     >>> flatten(SetPowerLimit(np.array([2, 3]), 450.0))
     Flat(kind='power_limit', target=array([2, 3]), value=array([450., 450.]))
+    >>> from testbed.core.view import SetLayout
     >>> layout = (Placement(0, 4, 0, 0), Placement(4, 4, 0, 0))
     >>> flatten(SetLayout(3, layout, "cold"))
     Flat(kind='layout_cold', target=array([3, 3]), value=array([4.0e+07, 4.4e+08]))
