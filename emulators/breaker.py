@@ -73,6 +73,10 @@ class Breakers:
         """Heat of each over its heat at the rating."""
         self.tripped: Bools = np.zeros(len(self.rating_w), np.bool_)
 
+    def settle(self, load_w: Floats) -> None:
+        """Be as warm as after a long time at ``load_w``, and no warmer than does not trip."""
+        self.heat = np.minimum((load_w / self.rating_w) ** 2, 0.99 * self.curve.hold**2)
+
     def advance(self, dt_s: float, load_w: Floats) -> Bools:
         """Let ``dt_s`` pass at ``load_w``; which of them tripped now."""
         load = np.where(self.tripped, 0.0, load_w / self.rating_w)

@@ -232,27 +232,40 @@ class Datacenter:
     def row_limit_w(self) -> Floats:
         """What each row may draw now: its breaker's rating, and its part of the UPS.
 
-        If every row were scaled by ``limit / draw``, the UPS loaded most would be at its rating.
+        If every row grew by the same share of its rating, or shrank by the same share of its draw,
+        until it is at its limit, the UPS loaded most would be at its rating.
         """
-        up = self.ups_up & (self.ups_w > 0)
-        rating_w = self.row_breakers.rating_w
+        up = self.ups_up
+        rating_w, capacity_w = self.row_breakers.rating_w, self.ups_breakers.rating_w
         if not up.any():
-            return np.where(self.row_breakers.tripped, 0.0, rating_w)
-        scale = (self.ups_breakers.rating_w[up] / self.ups_w[up]).min()
-        # Rows that draw little get room by their rating, not by their draw.
-        shared_w = np.maximum(
-            self.row_w * scale, rating_w * min(1.0, float(self.ups_up.mean())) * min(1.0, scale)
-        )
+            return np.zeros(len(rating_w))
+        full_w = self._ups_load_w(rating_w[self.row] / np.bincount(self.row)[self.row])
+        used = self.ups_w[up] / capacity_w[up]
+        if used.max() >= 1.0:
+            shared_w = self.row_w / used.max()
+        else:
+            room = (capacity_w[up] - self.ups_w[up]) / np.maximum(full_w[up], 1e-9)
+            shared_w = self.row_w + rating_w * room.min()
         return np.asarray(np.minimum(rating_w, shared_w))
+
+    def _ups_load_w(self, server_w: Floats) -> Floats:
+        """What each UPS carries if servers draw this: a half of each, all where one is out."""
+        live = self.ups_up[self.cords]
+        share = np.where(live, 1.0, 0.0) / np.maximum(live.sum(axis=1, keepdims=True), 1)
+        load_w = (share * server_w[:, None]).ravel()
+        return np.bincount(self.cords.ravel(), load_w, self.plant.num_ups).astype(float)
 
     # Time.
 
     def advance(self, t_s: float, gpu_w: Floats) -> None:
         """Let time pass until ``t_s`` with the GPUs drawing ``gpu_w`` since the last call."""
         dt_s = 0.0 if self._t_s is None else t_s - self._t_s
-        self._t_s = t_s
+        first, self._t_s = self._t_s is None, t_s
         self._break(t_s)
         self._settle(gpu_w.reshape(len(self.row), -1).sum(axis=1))
+        if first:
+            self.row_breakers.settle(self.row_w)
+            self.ups_breakers.settle(self.ups_w)
         for row in np.flatnonzero(self.row_breakers.advance(dt_s, self.row_w)):
             self._happen("error", f"row{row}", "breaker_tripped", self.row_w[row])
         loads_w = np.where(self.ups_up, self.ups_w, 0.0)
@@ -296,12 +309,7 @@ class Datacenter:
         self.airflow_m3_s = np.where(lit, self.host.airflow_m3_s(load), 0.0)
         self.row_w = np.bincount(self.row, self.server_w, self.num_rows).astype(float)
         self.aisle_m3_s = np.bincount(self.aisle, self.airflow_m3_s, self.num_aisles).astype(float)
-        up = self.ups_up
-        live = up[self.cords]
-        share = np.where(live, 1.0, 0.0) / np.maximum(live.sum(axis=1, keepdims=True), 1)
-        self.ups_w = np.bincount(
-            self.cords.ravel(), (share * self.server_w[:, None]).ravel(), self.plant.num_ups
-        ).astype(float)
+        self.ups_w = self._ups_load_w(self.server_w)
 
     def _darken(self) -> None:
         fed = self.ups_up[self.cords].any(axis=1) & ~self.row_breakers.tripped[self.row]

@@ -4,8 +4,8 @@ The simple cap that published evaluations compare with: once a row draws more th
 it may, the SM clocks of all its GPUs are cut by ``cut_frac``; while it still does, once more per
 step. A cut is taken back when the row has drawn less than ``release`` for ``hold_s``, one at a
 time: cut fast, raise slowly. An aisle short of air because air handlers are out counts the same for
-its rows. With ``grace_s`` a row must stay above for so long before the first cut: time for others
-to act, which breakers allow. Above ``brake`` of the limit, GPUs are also held at equal power limits
+its rows. With ``grace_s`` a row must stay above for so long before a cut: time for others
+to act, which breakers allow up to ``rush`` of the limit, and no further. Above ``brake`` of the limit, GPUs are also held at equal power limits
 that fit, whatever their work: a clock alone promises no power.
 
 >>> from testbed.core.view import view_of
@@ -38,6 +38,7 @@ class UniformCap:
         cut_frac: float = 0.35,
         hold_s: float = 120.0,
         grace_s: float = 0.0,
+        rush: float = 1.35,
         stale_s: float = 2.0,
         period_s: float = 5.0,
     ) -> None:
@@ -47,7 +48,7 @@ class UniformCap:
             raise ValueError(f"cut_frac = {cut_frac} must be between 0 and 1")
         self.trip, self.release, self.brake = trip, release, brake
         self.cut_frac, self.hold_s, self.stale_s = cut_frac, hold_s, stale_s
-        self.grace_s, self.period_s = grace_s, period_s
+        self.grace_s, self.rush, self.period_s = grace_s, rush, period_s
         self._cuts: Ints = np.zeros(0, np.int64)
         self._quiet_since_s: Floats = np.zeros(0)
         self._over_since_s: Floats = np.zeros(0)
@@ -67,6 +68,7 @@ class UniformCap:
         over = load > self.trip
         self._over_since_s = np.where(over, np.minimum(self._over_since_s, view.now_s), np.inf)
         late = over & (view.now_s - self._over_since_s >= self.grace_s)
+        late |= load > self.rush
         down = late & (before < _DEEPEST)
         up = quiet & (before > 0)
         self._cuts = before + down - up

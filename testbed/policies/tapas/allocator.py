@@ -5,8 +5,8 @@ is worst for it, with every VM at the percentile of its customer's history. If n
 one with the least excess is taken: a VM that was sold is placed.
 
 Prefer, in this order: the row with the most room at its worst hour (in steps of 2 %, so that small
-differences leave a choice), then an even mix of opaque and own VMs per row, so that everywhere
-somebody can give way, then cool places for opaque VMs and warm ones for own VMs, which can be told
+differences leave a choice), then the row with the fewest VMs of its kind, so that there is
+somebody everywhere who can give way, then cool places for opaque VMs and warm ones for own VMs, which can be told
 to draw less.
 """
 
@@ -88,12 +88,11 @@ class _Plan:
         self._server_w = np.zeros((len(servers.name), HOURS))
         self._opaque = np.zeros(len(facility.row_limit_w))
         self._count = np.zeros(len(facility.row_limit_w))
+        self._size = np.maximum(np.bincount(servers.row, minlength=len(self._count)), 1)
         self._top_w = float(gpus.power_limit_max_w.max())
         self._known: dict[int, Floats] = {}
         for vm in np.flatnonzero(vms.node >= 0):
             self.add(vms, int(vm), int(vms.node[vm]), take=False)
-        sold = np.flatnonzero(vms.node >= -1)
-        self._opaque_share = float((vms.pool[sold] < 0).mean()) if len(sold) else 0.5
         self._inlet_c = models.inlet.inlet_c(outside_c, 0.9)
 
     def expected_w(self, vms: VmColumns, vm: int) -> Floats:
@@ -139,7 +138,7 @@ class _Plan:
         return highest[room]
 
     def mix_with(self, room: Ints, opaque: bool) -> Floats:
-        """How far each row's share of opaque VMs would be from everybody's."""
+        """VMs of the same kind in each row already, per server of it."""
         row = self._row[room]
-        share = (self._opaque[row] + opaque) / (self._count[row] + 1.0)
-        return np.abs(share - self._opaque_share)
+        alike = self._opaque if opaque else self._count - self._opaque
+        return alike[row] / self._size[row]

@@ -8,14 +8,14 @@ row's and the aisle's room, shared among the instances in proportion to what the
 Normally the quality that the pool was given is kept, and of the configurations that serve the
 demand within the limits the one that draws least is taken; if none does, the one that serves most
 within the limits. In an emergency, where limits have shrunk, quality may go: the best quality that
-serves the demand within the limits is taken. Clock and batch are moved at once, the rest every
+serves the demand within the limits is taken, and what is left is spent where a watt buys most. Clock and batch are moved at once, the rest every
 ``reload_period_s`` and for a part of a pool at a time; in an emergency at once, for all that need
 it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,36 @@ class _Instances:
     """Kind of what each was at first, by number; its model and precision are the pool's own."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """What groups of servers (rows, aisles) leave for instances."""
+
+    group: Ints
+    """Of each instance."""
+    left: Floats
+    """Of each group."""
+    of_gpus: Callable[[Floats], Floats]
+    """What a server takes of it, by the power of its GPUs."""
+    back: Callable[[Floats], Floats]
+    """The other way round."""
+
+    def _asked(self, gpus_w: Floats) -> Floats:
+        return np.bincount(self.group, self.of_gpus(gpus_w), len(self.left)).astype(float)
+
+    def room_w(self, liked_w: Floats) -> Floats:
+        """What the GPUs of each instance may draw: its part of what is left, if that is short."""
+        asked = self._asked(liked_w)
+        part = np.maximum(self.left, 0.0) / np.maximum(asked, 1e-9)
+        share = self.of_gpus(liked_w) * part[self.group]
+        return np.where(part[self.group] < 1.0, self.back(share), np.inf)
+
+    def fits(self, now_w: Floats, more_w: Floats) -> Bools:
+        """Whether instances (rows) could draw more than now, each alone."""
+        spare = (self.left - self._asked(now_w))[self.group]
+        slope = self.of_gpus(np.ones(1)) - self.of_gpus(np.zeros(1))
+        return np.asarray(np.where(np.isfinite(more_w), more_w, 0.0) * slope <= spare[:, None])
+
+
 class Configurator:
     """Chooses a profile for each instance.
 
@@ -164,6 +194,8 @@ class Configurator:
         self._own: dict[int, int] = {}
         self._lock: dict[int, float] = {}
         self._reload_s: dict[int, float] = {}
+        self._planned_w: dict[int, float] = {}
+        """By node: what an instance that was told to reload will draw."""
         self._quality: Floats = np.zeros(0)
 
     def step(self, view: View, models: Predictors, *, emergency: bool) -> list[Command]:
@@ -186,7 +218,7 @@ class Configurator:
         )
         allowed = self._allowed(them, slow & rested, emergency=emergency)
         choice = self._choose(view, facility, models, them, need_tps, allowed, emergency)
-        return self._say(view, them, choice, emergency)
+        return self._say(view, them, choice, need_tps, emergency)
 
     def _observe(self, view: View) -> Floats:
         """Tokens per second asked of each instance: what it did, and what waits, soon."""
@@ -268,14 +300,17 @@ class Configurator:
         total_w = power_w * table.tp + idle_w * np.maximum(them.span[:, None] - table.tp, 0)
         fits = allowed & (power_w <= self._gpu_limit_w(view, facility, models, them))
         enough = table.goodput_tps >= need_tps[:, None]
+        budgets = self._budgets(view, facility, models, them.node)
         room_w = np.full(len(rows), np.inf)
         choice = them.config
         for _ in range(_ROUNDS):
             within = fits & (total_w <= room_w[:, None])
             choice = self._best(them, allowed, within, enough, total_w, emergency)
             liked_w = total_w[rows, choice]
-            left_w = self._room_w(facility, models, them.node, liked_w)
-            room_w = np.minimum(room_w, left_w)
+            for budget in budgets:
+                room_w = np.minimum(room_w, budget.room_w(liked_w))
+        if emergency:
+            choice = self._upgrade(budgets, choice, fits & enough, total_w)
         return choice
 
     def _best(
@@ -322,12 +357,14 @@ class Configurator:
             allowed_w[:, self.profiles.tp == tp] = lowest[:, None]
         return allowed_w
 
-    def _room_w(
-        self, facility: Facility, models: Predictors, nodes: Ints, liked_w: Floats
-    ) -> Floats:
-        """What the GPUs of each instance may draw: its part of what row and aisle leave."""
+    def _budgets(
+        self, view: View, facility: Facility, models: Predictors, nodes: Ints
+    ) -> list[_Budget]:
+        """What rows and aisles leave for the instances on ``nodes``."""
         servers = facility.servers
-        room_w = np.full(len(nodes), np.inf)
+        starting = view.instances.node[view.instances.state == STARTING]
+        planned = [(k, self._planned_w[k]) for k in starting.tolist() if k in self._planned_w]
+        budgets: list[_Budget] = []
         for group, used, limit, target, of_gpus, back in (
             (
                 servers.row,
@@ -346,19 +383,41 @@ class Configurator:
                 models.server.gpus_for_airflow_w,
             ),
         ):
-            wanted = of_gpus(liked_w)
-            for index in np.unique(group[nodes]):
-                mine = group[nodes] == index
-                others = np.flatnonzero(group == index)
-                others = others[~np.isin(others, nodes)]
-                left = target * limit[index] - used[others].sum()
-                asked = wanted[mine].sum()
-                if asked > left:
-                    part = wanted[mine] * max(left, 0.0) / asked
-                    room_w[mine] = np.minimum(room_w[mine], back(part))
-        return room_w
+            now = used.copy()
+            for node, gpus_w in planned:  # still loading, and soon at work
+                now[node] = max(now[node], float(of_gpus(np.array([gpus_w]))[0]))
+            now[nodes] = 0.0
+            left = target * limit - np.bincount(group, now, len(limit))
+            budgets.append(_Budget(group[nodes], left, of_gpus, back))
+        return budgets
 
-    def _say(self, view: View, them: _Instances, choice: Ints, emergency: bool) -> list[Command]:
+    def _upgrade(self, budgets: list[_Budget], choice: Ints, good: Bools, total_w: Floats) -> Ints:
+        """Spend what is left on quality, where it buys most per watt."""
+        rows, quality = np.arange(len(choice)), self._quality
+        levels = np.unique(quality)
+        # The cheapest way to each level of quality, per instance.
+        ways = np.where(
+            good[:, :, None] & (quality[:, None] == levels), total_w[:, :, None], np.inf
+        )
+        best, cheapest_w = ways.argmin(axis=1), ways.min(axis=1)
+        choice = choice.copy()
+        for _ in range(len(choice) * len(levels)):
+            now_w = total_w[rows, choice]
+            gain = levels - quality[choice][:, None]
+            more_w = cheapest_w - now_w[:, None]
+            fits = (gain > 1e-9) & np.isfinite(more_w)
+            for budget in budgets:
+                fits &= budget.fits(now_w, more_w)
+            if not fits.any():
+                break
+            worth = np.where(fits, gain / np.maximum(more_w, 1.0), -1.0)
+            place, level = np.unravel_index(int(worth.argmax()), worth.shape)
+            choice[place] = best[place, level]
+        return choice
+
+    def _say(
+        self, view: View, them: _Instances, choice: Ints, need_tps: Floats, emergency: bool
+    ) -> list[Command]:
         table, columns = self.profiles, view.instances
         commands: list[Command] = []
         reload = table.kind_number[choice] != them.kind
@@ -369,7 +428,9 @@ class Configurator:
             most = max(0, most - int(((columns.pool == pool) & (columns.state == STARTING)).sum()))
             reload[mine[most:]] = False
             choice[mine[most:]] = them.config[mine[most:]]
+        power_w = table.power_w(need_tps)[np.arange(len(choice)), choice] * table.tp[choice]
         for place in np.flatnonzero(reload):
+            self._planned_w[int(them.node[place])] = float(power_w[place])
             self._reload_s[int(them.index[place])] = view.now_s
             commands.append(self._layout(view, them, int(place), int(choice[place])))
         clock = table.clock_frac[choice]
