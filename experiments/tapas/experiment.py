@@ -28,6 +28,7 @@ LEVELS = [0.2, 0.3, 0.35, 0.4, 0.45, 0.5]
 FAILURES = {"ups_lost": 0.2, "ahu_lost": 0.3}
 """Servers added where a failure is played: the first of the levels at which the baseline's draw or
 air exceeds what is left."""
+SAFETY = f"UPS out for good +{CROWDED:.0%}"
 FAIL_S, FAILED_S = 1200.0, 300.0
 CAPPED_FRAC = LATE_FRAC = 0.01
 """A level counts as reached with less than this share of time capped, and of requests late."""
@@ -80,16 +81,17 @@ def cases(options: Options) -> list[Case]:
             some = ["baseline", TAPAS, "none", "polca"]
             some += ["place", "route", "config"] if extra == level and not quick else []
             add(f"{kind} +{extra:.0%}", some, seeds, oversubscription=extra, failure=kind, **hour)
-    # A lost UPS where nothing but a cap keeps the others from following.
+    # A UPS that stays out, with so many servers that only a cap keeps the others from following.
+    add(
+        SAFETY,
+        ["none", "baseline", "polca", TAPAS],
+        seeds,
+        oversubscription=CROWDED,
+        failure="ups_lost",
+        lasts_s=1200.0,
+        **hour,
+    )
     if quick:
-        add(
-            "ups_lost +30%",
-            ["baseline", TAPAS, "none", "polca"],
-            seeds[:1],
-            oversubscription=0.3,
-            failure="ups_lost",
-            **hour,
-        )
         return made
     for name, settings in BANDS.items():
         for value, params in settings:
@@ -120,12 +122,12 @@ def measure(case: Case, folder: Path) -> Values:
         return _measure_live(case, folder)
     cluster = load_beside(__file__, "cluster")
     params = dict(case.params)
-    failure = params.pop("failure", "")
+    failure, lasts_s = params.pop("failure", ""), params.pop("lasts_s", FAILED_S)
     overrides = [f"seed={case.seed}", *params.pop("overrides", [])]
     if params.pop("peak", False):
         overrides.append("plant.start_hour=4882")  # ten in the morning, the busiest hour
     if failure:
-        fault = f'{{kind="{failure}",at_s={FAIL_S},duration_s={FAILED_S}}}'
+        fault = f'{{kind="{failure}",at_s={FAIL_S},duration_s={lasts_s}}}'
         overrides += [f"fault=[{fault}]", "duration_s=3600"]
     fleet, tally = cluster.run(case.arm, overrides, **params)
     servers = fleet.servers

@@ -37,7 +37,7 @@ def figures(results: Results) -> list[Figure]:
             _power(results, f"{kind} +{extra:.0%}", ["none", "baseline", tapas], tapas, words)
             for kind, extra, words in (
                 ("ups_lost", 0.2, "a UPS is lost"),
-                ("ups_lost", 0.3, "a UPS is lost with more servers behind it"),
+                ("UPS out for good", 0.4, "a UPS stays out, with more servers behind it"),
             )
             if f"{kind} +{extra:.0%}" in results.scenarios()
         ],

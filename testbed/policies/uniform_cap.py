@@ -4,9 +4,9 @@ The simple cap that published evaluations compare with: once a row draws more th
 it may, the SM clocks of all its GPUs are cut by ``cut_frac``; while it still does, once more per
 step. A cut is taken back when the row has drawn less than ``release`` for ``hold_s``, one at a
 time: cut fast, raise slowly. An aisle short of air because air handlers are out counts the same for
-its rows. With ``grace_s`` a row must stay above for so long before a cut: time for others
-to act, which breakers allow up to ``rush`` of the limit, and no further. Above ``brake`` of the limit, GPUs are also held at equal power limits
-that fit, whatever their work: a clock alone promises no power.
+its rows. With ``grace_s`` a row must stay above for so long before a cut: time for others to act,
+which breakers allow up to ``rush`` of the limit, and no further. Above ``brake`` of the limit, GPUs
+are also held at equal power limits that fit, whatever their work: a clock alone promises no power.
 
 >>> from testbed.core.view import view_of
 >>> policy = UniformCap()

@@ -5,9 +5,9 @@ is worst for it, with every VM at the percentile of its customer's history. If n
 one with the least excess is taken: a VM that was sold is placed.
 
 Prefer, in this order: the row with the most room at its worst hour (in steps of 2 %, so that small
-differences leave a choice), then the row with the fewest VMs of its kind, so that there is
-somebody everywhere who can give way, then cool places for opaque VMs and warm ones for own VMs, which can be told
-to draw less.
+differences leave a choice), then the row with the fewest VMs of its kind, so that there is somebody
+everywhere who can give way, then cool places for opaque VMs and warm ones for own VMs, which can be
+told to draw less.
 """
 
 from __future__ import annotations

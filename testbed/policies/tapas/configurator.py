@@ -8,9 +8,9 @@ row's and the aisle's room, shared among the instances in proportion to what the
 Normally the quality that the pool was given is kept, and of the configurations that serve the
 demand within the limits the one that draws least is taken; if none does, the one that serves most
 within the limits. In an emergency, where limits have shrunk, quality may go: the best quality that
-serves the demand within the limits is taken, and what is left is spent where a watt buys most. Clock and batch are moved at once, the rest every
-``reload_period_s`` and for a part of a pool at a time; in an emergency at once, for all that need
-it.
+serves the demand within the limits is taken, and what is left is spent where a watt buys most.
+Clock and batch are moved at once, the rest every ``reload_period_s`` and for a part of a pool at a
+time; in an emergency at once, for all that need it.
 """
 
 from __future__ import annotations
