@@ -39,7 +39,6 @@ from testbed.core.messages import (
 Send = Callable[[Body, float], bool]
 
 _NO_TENANTS = TenantReadings([], [], [], [], [], [], [], [], [])
-_GAPS_PERIOD_S = 1.0
 
 
 _PAGE_WORK_TOUCHES = 20.0
@@ -234,11 +233,17 @@ class NodeDaemon:
             ),
             now_s,
         )
-        if now_s - self._gaps_s >= _GAPS_PERIOD_S - 1e-9:
+        if self.gaps_due(now_s):
             self._report_gaps(now_s)
 
-    def _report_gaps(self, now_s: float) -> None:
+    def gaps_due(self, now_s: float) -> bool:
+        """Whether gaps between tokens are to be reported now; asking starts the next period."""
+        if self.config is None or now_s - self._gaps_s < self.config.gaps_period_s - 1e-9:
+            return False
         self._gaps_s = now_s
+        return True
+
+    def _report_gaps(self, now_s: float) -> None:
         gaps = self._serving.drain_gaps()
         if gaps:
             instance, bins, counts = (list(column) for column in zip(*gaps, strict=True))

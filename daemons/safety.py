@@ -124,6 +124,7 @@ class CapGuard:
         self._target_w = list(self._set_w)
         self._lock_mhz = [0.0] * count
         self._target_lock_mhz = [0.0] * count
+        self._moving = True
         if allow_writes:
             journal.write(self._found)
 
@@ -160,6 +161,7 @@ class CapGuard:
         self._ramp_up_w_per_s = ramp_up_w_per_s
         self.expires_s = now_s + lease_s
         self._advanced_s = now_s
+        self._moving = True
 
     def accept(self, lease: Lease, now_s: float) -> str:
         """Take a lease, or say why not; the limits move with the next `advance`."""
@@ -175,6 +177,7 @@ class CapGuard:
         if not lease.expires_s > now_s:
             return f"it ran out at {lease.expires_s:.3f} s, now is {now_s:.3f} s"
         self.sequence = lease.sequence
+        self._moving = True
         # However long a lease claims to be, it does not bind us longer than was agreed.
         self.expires_s = min(lease.expires_s, now_s + self._lease_s)
         if self.expired:
@@ -216,6 +219,22 @@ class CapGuard:
         for index, lock_mhz in enumerate(self._target_lock_mhz):
             if lock_mhz != self._lock_mhz[index]:
                 self._lock(index, lock_mhz)
+        self._moving = self._lock_mhz != self._target_lock_mhz or any(
+            abs(min(target_w, foreign_w) - here_w) > _SAME_W
+            for target_w, foreign_w, here_w in zip(
+                self._target_w, self._foreign_w, self._set_w, strict=True
+            )
+        )
+
+    def rest(self, now_s: float) -> bool:
+        """Pass the time until ``now_s`` if `advance` would change nothing, and say so.
+
+        For a caller who knows that nobody else has touched the limits.
+        """
+        if self._moving or (now_s >= self.expires_s and not self.expired):
+            return False
+        self._advanced_s = now_s
+        return True
 
     def _reconcile(self) -> None:
         """Compare with what we left, and decide about what somebody else set."""

@@ -22,7 +22,7 @@ from collections.abc import MutableSequence
 from importlib import metadata, util
 from pathlib import Path
 
-MODULES = ("engine", "timing")
+MODULES = ("engine", "farm", "timing")
 PURE_VARIABLE = "SERVING_TESTBED_PURE"
 ONCE_VARIABLE = "SERVING_TESTBED_COMPILED"
 """Set for a command that has just been started over with a fresh build."""

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from emulators.elastic import Elastic
 from emulators.engine import Engine, Event
+from emulators.farm import Farm
 from emulators.gpu import GpuBank
 from emulators.models import ModelCard, load_model, precision_of
 from emulators.opaque import opaque_activity
@@ -41,6 +43,7 @@ from testbed.core.messages import (
     Surroundings,
     TuneKind,
 )
+from testbed.core.view import Floats
 
 
 class GivenUp(NamedTuple):
@@ -55,6 +58,50 @@ class GivenUp(NamedTuple):
 NO_SLOTS = SlotReadings(0, [], [], [])
 
 
+class _Roster:
+    """All engines of a bank in one list, and which of them have anything to do.
+
+    A tick asks only those, so that idle instances cost nothing but their GPUs' share of an array.
+    """
+
+    def __init__(self) -> None:
+        self.stale = True
+        """Engines came or went since `refresh`."""
+        self.engines: list[Engine] = []
+        self.owners: list[tuple[NodeServing, int]] = []
+        """Node and place there of each engine."""
+        self.awake: set[int] = set()
+        self.farm: Farm | None = None
+        """Drives the engines, if they are not driven by their nodes."""
+        self.engine_of = np.zeros(0, np.int64)
+        """Engine of each GPU; where none runs, one past the last."""
+
+    def refresh(self, servings: Sequence[NodeServing], num_gpus: int) -> None:
+        """Bring the lists up to date; everybody is awake until a tick has looked."""
+        self.stale = False
+        self.engines.clear()
+        self.owners.clear()
+        members: list[list[int]] = []
+        for serving in servings:
+            serving.first = len(self.engines)
+            self.engines += serving.engines
+            self.owners += [(serving, place) for place in range(len(serving.engines))]
+            members += serving.gpu_lists
+        self.awake.clear()
+        self.awake.update(range(len(self.engines)))
+        self.engine_of = np.full(num_gpus, len(self.engines))
+        for index, gpus in enumerate(members):
+            self.engine_of[gpus] = index
+
+    def rearm(self, index: int, engine: Engine) -> float:
+        """Something has happened to an engine; when its node is to wake it, if ever."""
+        self.awake.add(index)
+        if self.farm is None:
+            return engine.next_event_s
+        self.farm.rearm(index)
+        return math.inf
+
+
 class NodeServing:
     """The engines of one node; answers `daemons.seams.Serving`.
 
@@ -62,8 +109,19 @@ class NodeServing:
     The two agree but on nodes that are elastic, where engines come and go (`emulators.elastic`).
     """
 
-    def __init__(self, bank: GpuBank, first_gpu: int, num_gpus: int) -> None:
+    def __init__(
+        self,
+        bank: GpuBank,
+        first_gpu: int,
+        num_gpus: int,
+        roster: _Roster,
+        keep_segments: bool = False,
+    ) -> None:
         self._bank = bank
+        self._roster = roster
+        self._keep_segments = keep_segments
+        self.first = 0
+        """Index of the first engine among those of all nodes."""
         self._first_gpu = first_gpu
         self._num_gpus = num_gpus
         self.engines: list[Engine] = []
@@ -139,7 +197,9 @@ class NodeServing:
             DeviceError: its model is unknown or does not fit.
         """
         try:
-            engine = build_engine(self._bank, load_model(instance.model), instance)
+            engine = build_engine(
+                self._bank, load_model(instance.model), instance, self._keep_segments
+            )
         except (SpecError, ValueError) as error:
             raise DeviceError(f"instance {instance.name}: {error}") from None
         engine.advance_to(t_s)
@@ -148,6 +208,7 @@ class NodeServing:
         self.numbers.append(number)
         self.wakes_s.append(engine.next_event_s)
         self.gpu_lists.append([self._first_gpu + gpu for gpu in instance.gpus])
+        self._roster.stale = True
 
     def remove(self, number: int, why: ReturnedWhy, t_s: float) -> Engine:
         """An instance ends: what it had is handed back, what it did stays counted."""
@@ -155,6 +216,7 @@ class NodeServing:
         engine, members = self.engines.pop(place), self.gpu_lists.pop(place)
         self.numbers.pop(place)
         self.wakes_s.pop(place)
+        self._roster.stale = True
         self._place = {each: index for index, each in enumerate(self.numbers)}
         engine.advance_to(t_s)
         if number not in self.dead:  # what a lost GPU had, the coordinator has sent elsewhere
@@ -185,7 +247,7 @@ class NodeServing:
         engine = self.engines[place]
         engine.preprocess_slowdown = self.preprocess_slowdown
         engine.submit(request, max(t_s, engine.now_s), ttft_s)
-        self.wakes_s[place] = engine.next_event_s
+        self.wakes_s[place] = self._roster.rearm(self.first + place, engine)
 
     def tune(self, kind: TuneKind, instances: list[int], values: list[float], t_s: float) -> None:
         """A quick change to some instances, see `testbed.core.messages.Tune`."""
@@ -198,7 +260,7 @@ class NodeServing:
         if place is not None and instance not in self.dead:
             engine = self.engines[place]
             self._returned += tune_engine(engine, instance, kind, value, t_s)
-            self.wakes_s[place] = engine.next_event_s
+            self.wakes_s[place] = self._roster.rearm(self.first + place, engine)
         elif self._elastic is not None:
             self._elastic.tune_later(instance, kind, value)
 
@@ -336,7 +398,9 @@ def kv_blocks_of(gpu: GpuProfile, model: ModelCard, instance: InstanceConfig) ->
     return blocks
 
 
-def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> Engine:
+def build_engine(
+    bank: GpuBank, model: ModelCard, instance: InstanceConfig, keep_segments: bool = False
+) -> Engine:
     """An engine for this model on the bank's kind of GPU.
 
     Raises:
@@ -350,7 +414,34 @@ def build_engine(bank: GpuBank, model: ModelCard, instance: InstanceConfig) -> E
         tokens_per_tile=model.tokens_per_tile,
         image_in_prompt=model.image_in_prompt,
         preprocess_s=cost.preprocess_s(),
+        keep_segments=keep_segments,
     )
+
+
+def gpu_columns(state: GpuState) -> dict[str, Any]:
+    """All readings of these GPUs, one array each by `GpuReadings`' names, rounded as NVML does."""
+    measured, control = state.measured, state.control
+    columns: dict[str, Any] = {
+        "power_instant_w": measured["power_instant_mw"] / 1000,
+        "power_avg_w": measured["power_average_mw"] / 1000,
+        "power_limit_w": control["power_limit_mw"] / 1000,
+        "power_limit_enforced_w": state.enforced_mw() / 1000,
+        "energy_j": measured["energy_mj"] / 1000,
+        "sm_clock_mhz": measured["sm_clock_mhz"].astype(float),
+        "temp_c": measured["temp_c"].astype(float),
+        "mem_temp_c": measured["mem_temp_c"].astype(float),
+        "gpu_busy_frac": measured["gpu_util_pct"] / 100,
+        # As NVML counts: what the driver keeps for itself is in use too.
+        "fb_used_bytes": measured["memory_used_bytes"] + measured["memory_reserved_bytes"],
+        "throttle": measured["throttle"].copy(),
+        "lost": measured["lost"] != 0,
+    }
+    lost = columns["lost"]
+    if lost.any():
+        for name, column in columns.items():
+            if name not in ("energy_j", "lost"):
+                column[lost] = 0
+    return columns
 
 
 class NodeGpus:
@@ -379,29 +470,8 @@ class NodeGpus:
 
     def read(self) -> GpuReadings:
         """All readings now, rounded as NVML rounds them."""
-        measured, control = self._state.measured, self._state.control
-        readings = GpuReadings(
-            power_instant_w=(measured["power_instant_mw"] / 1000).tolist(),
-            power_avg_w=(measured["power_average_mw"] / 1000).tolist(),
-            power_limit_w=(control["power_limit_mw"] / 1000).tolist(),
-            power_limit_enforced_w=(self._state.enforced_mw() / 1000).tolist(),
-            energy_j=(measured["energy_mj"] / 1000).tolist(),
-            sm_clock_mhz=measured["sm_clock_mhz"].astype(float).tolist(),
-            temp_c=measured["temp_c"].astype(float).tolist(),
-            mem_temp_c=measured["mem_temp_c"].astype(float).tolist(),
-            gpu_busy_frac=(measured["gpu_util_pct"] / 100).tolist(),
-            # As NVML counts: what the driver keeps for itself is in use too.
-            fb_used_bytes=(
-                measured["memory_used_bytes"] + measured["memory_reserved_bytes"]
-            ).tolist(),
-            throttle=measured["throttle"].tolist(),
-            lost=(measured["lost"] != 0).tolist(),
-        )
-        for index in [place for place, lost in enumerate(readings.lost) if lost]:
-            for name in readings.__struct_fields__:
-                if name not in ("energy_j", "lost"):
-                    getattr(readings, name)[index] = 0
-        return readings
+        columns = gpu_columns(self._state)
+        return GpuReadings(**{name: column.tolist() for name, column in columns.items()})
 
     def power_limits_w(self) -> list[float]:
         """The limits asked for last."""
@@ -435,34 +505,90 @@ class ServerBank:
         bank: all the GPUs, ``gpus_per_node`` for each node in order.
         num_nodes: how many nodes share it.
         faults: when which GPU of the bank is lost, seconds.
+        keep_segments: have engines keep what `drain_segments` gives.
     """
 
     def __init__(
-        self, bank: GpuBank, num_nodes: int, *, faults: Sequence[tuple[float, int]] = ()
+        self,
+        bank: GpuBank,
+        num_nodes: int,
+        *,
+        faults: Sequence[tuple[float, int]] = (),
+        keep_segments: bool = False,
     ) -> None:
         if bank.count % num_nodes:
             raise ValueError(f"{bank.count} GPUs do not divide into {num_nodes} nodes")
         self.bank = bank
+        self._roster = _Roster()
         per_node = bank.count // num_nodes
-        self.serving = [NodeServing(bank, node * per_node, per_node) for node in range(num_nodes)]
+        self.serving = [
+            NodeServing(bank, node * per_node, per_node, self._roster, keep_segments)
+            for node in range(num_nodes)
+        ]
         self.gpus = [NodeGpus(bank.state, node * per_node, per_node) for node in range(num_nodes)]
-        self._busy_s = np.zeros(bank.count)
-        self._flops = np.zeros(bank.count)
-        self._bytes = np.zeros(bank.count)
         for serving in self.serving:
-            serving.on_removed = self._settle
+            serving.on_removed = self._leave
+        self._totals = np.zeros((3, 1))
+        self._left = np.zeros((3, bank.count))
+        """What engines that left since the last tick had done since the one before, per GPU."""
+        self._asked: list[int] = []
+        self._readings: dict[str, Any] = {}
         self._opaque_frac = np.zeros(bank.count)
         self._t_s = 0.0
         self._faults = sorted(faults)
         self._lost: set[int] = set()
 
-    def _settle(self, engine: Engine, gpus: list[int], t_s: float) -> None:
+    def farm(self) -> Farm:
+        """The engines of all nodes on one heap, in the order of the nodes.
+
+        From now on they are driven through it, and no longer through their nodes.
+        """
+        roster = self._roster
+        if roster.farm is None:
+            self._refresh()
+            roster.farm = Farm(roster.engines, roster.awake)
+            for serving in self.serving:
+                serving.wakes_s[:] = [math.inf] * len(serving.wakes_s)
+        return roster.farm
+
+    def submit(self, index: int, request: Request, t_s: float, ttft_s: float) -> list[Event]:
+        """Give a request to an engine of the `farm`; returns what came of it at once."""
+        serving, place = self._roster.owners[index]
+        if place in serving.dead:
+            return []
+        self._roster.engines[index].preprocess_slowdown = serving.preprocess_slowdown
+        return self.farm().submit(index, request, t_s, ttft_s)
+
+    def _leave(self, engine: Engine, gpus: list[int], t_s: float) -> None:
         """An engine leaves between two ticks: the next tick still counts what it did since."""
         encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
-        for gpu in gpus:
-            self._busy_s[gpu] -= encode_s + prefill_s + decode_s
-            self._flops[gpu] -= flops
-            self._bytes[gpu] -= hbm_bytes
+        done = np.array([encode_s + prefill_s + decode_s, flops, hbm_bytes])
+        for index, other in enumerate(self._roster.engines):
+            if other is engine:
+                done -= self._totals[:, index]
+        self._left[:, gpus] += done[:, None]
+
+    def _refresh(self) -> None:
+        roster = self._roster
+        if not roster.stale:
+            return
+        # What engines that stay have done so far is kept, so that it is not counted again.
+        before = {id(engine): self._totals[:, k] for k, engine in enumerate(roster.engines)}
+        roster.refresh(self.serving, self.bank.count)
+        count = len(roster.engines)
+        self._totals = np.zeros((3, count + 1))
+        for index, engine in enumerate(roster.engines):
+            if id(engine) in before:
+                self._totals[:, index] = before[id(engine)]
+        self._clock_frac = np.array([engine.clock_frac for engine in roster.engines])
+        self._readings = {
+            "num_running": np.zeros(count, np.int64),
+            "num_waiting": np.zeros(count, np.int64),
+            "kv_used_frac": np.zeros(count),
+            "prompt_tokens_total": np.zeros(count, np.int64),
+            "output_tokens_total": np.zeros(count, np.int64),
+            "preemptions_total": np.zeros(count, np.int64),
+        }
 
     def surround(self, node: int, around: Surroundings) -> None:
         """What the building does to a node from now on."""
@@ -491,37 +617,88 @@ class ServerBank:
         if dt_s <= 0:
             return
         self._t_s = t_s
+        self._refresh()
         self._break(t_s)
-        bank = self.bank
-        # Lists while single values are set: an array would pay for each.
-        spent, work, traffic = ([0.0] * bank.count for _ in range(3))
-        for serving in self.serving:
-            for engine, members in zip(serving.engines, serving.gpu_lists, strict=True):
-                if engine.next_event_s <= t_s:
-                    engine.advance_to(t_s)
-                encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
-                for gpu in members:
-                    spent[gpu] = encode_s + prefill_s + decode_s
-                    work[gpu] = flops
-                    traffic[gpu] = hbm_bytes
-        busy_s, flops_done, bytes_done = np.array(spent), np.array(work), np.array(traffic)
-        profile = bank.profile
-        busy_frac = np.minimum((busy_s - self._busy_s) / dt_s, 1.0)
-        tensor_frac = (flops_done - self._flops) / (dt_s * profile.peak_flops)
-        hbm_frac = (bytes_done - self._bytes) / (dt_s * profile.hbm_bytes_per_s)
+        bank, profile, roster = self.bank, self.bank.profile, self._roster
+        done = self._work(t_s)
+        busy_s, flops, hbm_bytes = (done - self._totals)[:, roster.engine_of] + self._left
+        self._totals = done
+        self._left[:] = 0.0
+        activity: list[Floats] = [
+            np.minimum(busy_s / dt_s, 1.0),
+            flops / (dt_s * profile.peak_flops),
+            hbm_bytes / (dt_s * profile.hbm_bytes_per_s),
+        ]
         if self._opaque_frac.any():  # on GPUs of their own: opaque VMs share none with engines
-            busy, tensor, hbm, _ = opaque_activity(profile, self._opaque_frac, bank.clock_frac)
-            busy_frac, tensor_frac, hbm_frac = (
-                busy_frac + busy,
-                tensor_frac + tensor,
-                hbm_frac + hbm,
-            )
-        bank.advance(dt_s, busy_frac, tensor_frac, hbm_frac)
-        self._busy_s, self._flops, self._bytes = busy_s, flops_done, bytes_done
-        clocks = bank.clock_frac.tolist()
-        for serving in self.serving:
-            for engine, members in zip(serving.engines, serving.gpu_lists, strict=True):
-                clock_frac = min(clocks[gpu] for gpu in members)
-                if clock_frac != engine.clock_frac:
-                    engine.set_clock(clock_frac, t_s)
-            serving.wakes_s[:] = [engine.next_event_s for engine in serving.engines]
+            *opaque, _ = opaque_activity(profile, self._opaque_frac, bank.clock_frac)
+            activity = [own + added for own, added in zip(activity, opaque, strict=True)]
+        bank.advance(dt_s, *activity)
+        # An engine runs at the clock of its slowest GPU.
+        clock_frac = np.ones(len(roster.engines) + 1)
+        np.minimum.at(clock_frac, roster.engine_of, bank.clock_frac)
+        clock_frac = clock_frac[:-1]
+        for index in np.flatnonzero(clock_frac != self._clock_frac).tolist():
+            roster.engines[index].set_clock(float(clock_frac[index]), t_s)
+            roster.awake.add(index)
+        self._clock_frac = clock_frac
+        self._rearm()
+
+    def _work(self, t_s: float) -> Floats:
+        """Busy seconds, FLOPs and bytes of every engine since its start, as (3, engine + 1)."""
+        engines = self._roster.engines
+        self._asked = asked = sorted(self._roster.awake)
+        rows = []
+        for index in asked:
+            engine = engines[index]
+            if engine.next_event_s <= t_s:
+                engine.advance_to(t_s)
+            encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
+            rows.append((encode_s + prefill_s + decode_s, flops, hbm_bytes))
+        done = self._totals.copy()
+        if asked:
+            done[:, asked] = np.array(rows).T
+        return done
+
+    def _rearm(self) -> None:
+        """Note when engines that did something wake next; who has nothing to do, sleeps."""
+        roster = self._roster
+        for index in list(roster.awake):
+            serving, place = roster.owners[index]
+            engine = roster.engines[index]
+            serving.wakes_s[place] = roster.rearm(index, engine)
+            if engine.next_event_s == math.inf:
+                roster.awake.discard(index)
+
+    def events(self) -> Iterator[tuple[int, list[Event]]]:
+        """What the last tick brought about by itself, by engine; what is told is forgotten."""
+        for index in self._asked:
+            engine = self._roster.engines[index]
+            if engine.events:
+                events, engine.events = engine.events, []
+                yield index, events
+
+    def read_gpus(self) -> dict[str, Any]:
+        """Readings of all GPUs, see `gpu_columns`."""
+        return gpu_columns(self.bank.state)
+
+    def read_instances(self, t_s: float) -> dict[str, Any]:
+        """Readings of all engines by `InstanceReadings`' names, at the time of the last tick."""
+        asked = self._asked
+        if asked:
+            engines = [self._roster.engines[index] for index in asked]
+            for name, values in msgspec.structs.asdict(readings_of(engines, t_s)).items():
+                self._readings[name][asked] = values
+        return self._readings
+
+    def drain_gaps(self) -> list[tuple[int, int, int]]:
+        """Inter-token gaps since the last call: (engine, histogram bin, count)."""
+        return gaps_of(self._roster.engines)
+
+    def drain_segments(self) -> list[tuple[Any, ...]]:
+        """Blocks of iterations that have ended since the last call: the engine, then `Segment`."""
+        rows: list[tuple[Any, ...]] = []
+        for index, engine in enumerate(self._roster.engines):
+            if engine.segments:
+                rows += [(index, *segment) for segment in engine.segments]
+                engine.segments.clear()
+        return rows

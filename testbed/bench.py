@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from emulators.engine import Event
 from emulators.gpu import GpuBank
 from emulators.profiles import load_gpu
 from emulators.server import ServerBank
@@ -39,6 +38,22 @@ class _Tally:
     ttft_s: float = 0.0
     tpot_s: float = 0.0
     tpot_count: int = 0
+
+    def count(self, events: list[Event]) -> None:
+        """Take in what happened."""
+        for request_id, kind, t_s, _ in events:
+            if kind == "first_token":
+                self.firsts[request_id] = t_s
+                continue
+            arrival_s, output_tokens = self.arrivals.pop(request_id)
+            self.ended += 1
+            first_s = self.firsts.pop(request_id, None)
+            if first_s is not None:
+                self.tokens += output_tokens
+                self.ttft_s += first_s - arrival_s
+                if output_tokens > 1:
+                    self.tpot_s += (t_s - first_s) / (output_tokens - 1)
+                    self.tpot_count += 1
 
 
 def bench_engine(
@@ -120,51 +135,24 @@ def _first(stream: Iterator[Request], count: int) -> Iterator[Request]:
 
 
 def _drive(servers: ServerBank, stream: Iterator[Request], tally: _Tally, tick_s: float) -> float:
-    """Play the stream to its end; returns the run time at which the last request ended."""
-    serving = servers.serving[0]
-    engines, instances = serving.engines, len(serving.engines)
-    next_tick_s = tick_s or np.inf
-    now_s = 0.0
-    for turn, request in enumerate(stream):
-        now_s = request.arrival_s
-        while next_tick_s <= now_s:
-            servers.tick(next_tick_s)
-            _collect(servers, tally)
-            next_tick_s += tick_s
-        tally.arrivals[request.id] = (now_s, request.output_tokens)
-        engine = engines[turn % instances]
-        engine.submit(request, max(now_s, engine.now_s))
-        if not tick_s and turn % 1000 == 999:
-            _collect(servers, tally)
-    while tally.arrivals:
-        now_s = max(now_s + 1.0, next_tick_s if tick_s else 0.0)
+    """Play the stream to its end; returns the run time at which the last request ended.
+
+    Without physics the ticks only bring the engines up to date.
+    """
+    farm = servers.farm()
+    instances = len(farm.engines)
+    step_s = tick_s or 1.0
+    next_s = step_s
+    turn = 0
+    request = next(stream, None)
+    while request is not None or tally.arrivals:
+        while request is not None and request.arrival_s < next_s:
+            tally.arrivals[request.id] = (request.arrival_s, request.output_tokens)
+            tally.count(farm.submit(turn, request, request.arrival_s))
+            turn = turn + 1 if turn + 1 < instances else 0
+            request = next(stream, None)
+        tally.count(farm.advance_to(next_s))
         if tick_s:
-            servers.tick(next_tick_s)
-            now_s = next_tick_s
-            next_tick_s += tick_s
-        else:
-            for engine in engines:
-                engine.advance_to(now_s)
-        _collect(servers, tally)
-    return now_s
-
-
-def _collect(servers: ServerBank, tally: _Tally) -> None:
-    """Count what ended."""
-    for engine in servers.serving[0].engines:
-        if not engine.events:
-            continue
-        for request_id, kind, t_s, _ in engine.events:
-            if kind == "first_token":
-                tally.firsts[request_id] = t_s
-                continue
-            arrival_s, output_tokens = tally.arrivals.pop(request_id)
-            tally.ended += 1
-            first_s = tally.firsts.pop(request_id, None)
-            if first_s is not None:
-                tally.tokens += output_tokens
-                tally.ttft_s += first_s - arrival_s
-                if output_tokens > 1:
-                    tally.tpot_s += (t_s - first_s) / (output_tokens - 1)
-                    tally.tpot_count += 1
-        engine.events.clear()
+            servers.tick(next_s)
+        next_s += step_s
+    return next_s - step_s

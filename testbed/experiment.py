@@ -7,6 +7,7 @@ An experiment is a folder with a README (question, answer, figure) and an ``expe
     def measure(case, folder) -> Values                  optional: numbers of one run
     def figures(results: Results) -> list[Figure]        optional; in ``figure.py`` or here
     MODES = ("virtual", "emulated")                      optional; virtual alone by default
+    def prepare(cases: list[Case]) -> None               optional: once, before the runs
     DECLARED = {"name": value}                           optional: free parameters, for the result
 
 It is loaded by its place, as a policy is: nothing is registered. A folder with a ``run.toml`` only
@@ -326,6 +327,8 @@ def run_experiment(
         raise SpecError(f"--seeds = {options.seeds} must be at least 1")
     begun = time.monotonic()
     cases: list[Case] = module.cases(options)
+    prepare: Callable[[list[Case]], None] = getattr(module, "prepare", lambda cases: None)
+    prepare(cases)
     folder = new_run_folder(out, experiment.name)
     place = str(experiment.folder.resolve())
     jobs = [

@@ -7,12 +7,13 @@ a rejected or lost request does not, and one still in flight at the end is not c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from testbed.core.errors import RecordingError
 from testbed.core.view import Bools, Floats, Ints
 from testbed.recorder.reader import Recording
 from testbed.recorder.tables import ITL_BINS, itl_edges_s
@@ -64,29 +65,78 @@ class Requests:
 
 
 def read_requests(recording: Recording) -> Requests:
-    """The requests of a recording."""
-    table = recording.columns("requests")
+    """The requests of a recording, read a batch at a time: many millions fit into memory."""
+    parts = [_requests_of(batch) for batch in recording.batches("requests", _COLUMNS)]
+    names = [entry.name for entry in fields(Requests)]
+    columns = {}
+    for name in names:  # one after the other, so that little is there twice
+        columns[name] = np.concatenate([part[name] for part in parts])
+        for part in parts:
+            del part[name]
+    return Requests(**columns)
+
+
+_COLUMNS = (
+    "status", "slo_class", "pool", "instance", "arrival_s", "first_token_seen_s",
+    "finished_seen_s", "ttft_limit_s", "tpot_limit_s", "prompt_tokens", "image_tokens",
+    "output_tokens", "num_images",
+)  # fmt: skip
+
+
+def _requests_of(table: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     first_s, finished_s = table["first_token_seen_s"], table["finished_seen_s"]
     gaps = table["output_tokens"] - 1
     completed = table["status"] == "completed"
     tpot_s = np.full(len(gaps), np.nan)
     np.divide(finished_s - first_s, gaps, out=tpot_s, where=completed & (gaps > 0))
-    return Requests(
-        status=table["status"],
-        slo_class=table["slo_class"],
-        pool=table["pool"],
-        instance=table["instance"],
-        arrival_s=table["arrival_s"],
-        ttft_s=first_s - table["arrival_s"],
-        tpot_s=tpot_s,
-        e2e_s=np.where(completed, finished_s - table["arrival_s"], np.nan),
-        ttft_limit_s=table["ttft_limit_s"],
-        tpot_limit_s=table["tpot_limit_s"],
-        prompt_tokens=table["prompt_tokens"],
-        image_tokens=table["image_tokens"],
-        output_tokens=table["output_tokens"],
-        num_images=table["num_images"],
+    kept = (
+        "status", "slo_class", "pool", "instance", "arrival_s", "ttft_limit_s", "tpot_limit_s",
+        "prompt_tokens", "image_tokens", "output_tokens", "num_images",
+    )  # fmt: skip
+    return {name: table[name] for name in kept} | {
+        "ttft_s": first_s - table["arrival_s"],
+        "tpot_s": tpot_s,
+        "e2e_s": np.where(completed, finished_s - table["arrival_s"], np.nan),
+    }
+
+
+def token_times_s(recording: Recording, request_id: int) -> Floats:
+    """When each token of a completed request was made on its node, first to last.
+
+    From the table ``segments`` (``record.segments``): between its first token and its last, every
+    iteration of its instance made one token of it.
+
+    Raises:
+        RecordingError: no such request, or one that was preempted, whose pauses segments do not
+            show; or the run kept no segments.
+    """
+    table = recording.table("requests")
+    rows = np.flatnonzero(table["request_id"].to_numpy() == request_id)
+    request = table.slice(int(rows[0]), 1).to_pylist()[0] if len(rows) else {"status": "not there"}
+    if request["status"] != "completed" or request["preemptions"]:
+        how = "preempted" if request.get("preemptions") else request["status"]
+        raise RecordingError(f"recording {recording.folder}: request {request_id} is {how}")
+    segments = recording.columns(
+        "segments", "instance", "t_start_s", "iterations", "first_s", "growth_s", "num_seqs"
     )
+    first_s, last_s = request["first_token_s"], request["finished_s"]
+    mine = (segments["instance"] == request["instance"]) & (segments["num_seqs"] > 0)
+    mine &= (segments["t_start_s"] >= first_s) & (segments["t_start_s"] < last_s)
+    times_s = [np.array([first_s])]
+    for index in np.flatnonzero(mine):
+        done = np.arange(1, segments["iterations"][index] + 1)
+        times_s.append(
+            segments["t_start_s"][index]
+            + done * segments["first_s"][index]
+            + 0.5 * done * (done - 1) * segments["growth_s"][index]
+        )
+    made_s = np.concatenate(times_s)
+    if len(made_s) != request["output_tokens"]:
+        raise RecordingError(
+            f"recording {recording.folder}: segments show {len(made_s)} of "
+            f"{request['output_tokens']} tokens of request {request_id}; was record.segments on?"
+        )
+    return made_s
 
 
 def percentiles(values: Floats) -> dict[str, float | None]:

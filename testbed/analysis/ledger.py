@@ -73,8 +73,18 @@ class Energy:
         return self.drawn_j * self.used_frac
 
 
-def read_energy(recording: Recording, from_s: float = 0.0, to_s: float = np.inf) -> Energy:
-    """Energy of nodes between two times of a recording."""
+def read_energy(
+    recording: Recording, from_s: float = 0.0, to_s: float = np.inf, *, given_back: bool = True
+) -> Energy:
+    """Energy of nodes between two times of a recording.
+
+    Args:
+        recording: of any run.
+        from_s: begin here.
+        to_s: end here.
+        given_back: nodes that hold nothing are nobody's; else those that ever held an instance
+            are in use throughout.
+    """
     gpus = recording.columns("gpus", "t_s", "gpu", "energy_j")
     node_of = recording.columns("gpu_index", "node")["node"].astype(np.int64)
     end_s = min(to_s, float(gpus["t_s"].max(initial=0.0)))
@@ -92,6 +102,8 @@ def read_energy(recording: Recording, from_s: float = 0.0, to_s: float = np.inf)
             rise = np.diff(np.interp(edges_s, t_s[mine], _rising(counter_j[mine])))
             drawn_j[:, node] += rise
     used = _used_frac(recording, edges_s, num_nodes)
+    if not given_back:
+        used[:, used.any(axis=0)] = 1.0
     per_node = np.bincount(node_of, minlength=num_nodes)
     gpu_s = float((used * np.diff(edges_s)[:, None] * per_node).sum())
     return Energy(edges_s, drawn_j, used, gpu_s)
@@ -144,7 +156,12 @@ def _held_spans(
 
 
 def ledger(
-    source: Source, tariff: LedgerSpec | None = None, from_s: float = 0.0, to_s: float = np.inf
+    source: Source,
+    tariff: LedgerSpec | None = None,
+    from_s: float = 0.0,
+    to_s: float = np.inf,
+    *,
+    given_back: bool = True,
 ) -> dict[str, Any]:
     """Energy, carbon and cost between two times of a run.
 
@@ -153,6 +170,7 @@ def ledger(
         tariff: prices and grid; the run file's by default.
         from_s: begin here, as after a warm-up.
         to_s: end here.
+        given_back: see `read_energy`.
 
     Returns:
         Totals, then ``by_class`` and ``by_tenant`` with their share of each. ``*_kwh`` are of
@@ -160,8 +178,8 @@ def ledger(
     """
     recording = Recording.open(source)
     tariff = tariff or recording.spec.ledger
-    energy = read_energy(recording, from_s, to_s)
-    scale = tariff.time_scale
+    energy = read_energy(recording, from_s, to_s, given_back=given_back)
+    scale = recording.spec.workload.time_scale
     middle_s = (energy.edges_s[1:] + energy.edges_s[:-1]) / 2 * scale
     length_s = np.diff(energy.edges_s)[:, None] * scale
     gpu_kwh = energy.used_j * scale / J_PER_KWH

@@ -6,7 +6,7 @@ NaN. Counting rules are with the functions that apply them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +41,9 @@ def summarise(source: Source) -> dict[str, Any]:
     energy = energy_j(gpus["gpu"], gpus["energy_j"])
     total_j = sum(energy.values()) if energy else None
     slowed_s, by_reason = throttle_s(gpus["t_s"], gpus["gpu"], gpus["throttle"])
-    tokens = _tokens(requests)
-    attained = int(requests.attained.sum())
+    totals = read_totals(recording, requests)
+    tokens = _tokens(totals)
+    attained = sum(total.attained for total in totals)
     return {
         "run_id": recording.run_id,
         "name": recording.manifest["name"],
@@ -50,8 +51,8 @@ def summarise(source: Source) -> dict[str, Any]:
         "seed": recording.manifest["seed"],
         "duration_s": duration_s,
         "wall_s": recording.manifest["wall_s"],
-        "requests": _requests(requests),
-        "classes": _classes(requests),
+        "requests": _requests(totals),
+        "classes": _classes(requests, totals),
         "ttft_s": percentiles(requests.ttft_s),
         "itl_s": itl_percentiles(itl_counts(recording).sum(axis=0)),
         "e2e_s": percentiles(requests.e2e_s),
@@ -91,41 +92,89 @@ def run_duration_s(recording: Recording) -> float:
     return max((float(t_s.max()) for t_s in ends if len(t_s)), default=0.0)
 
 
-def _requests(requests: Requests) -> dict[str, Any]:
+class Total(NamedTuple):
+    """Requests of one class that ended in one way."""
+
+    slo_class: str
+    status: str
+    requests: int
+    input_tokens: int
+    image_tokens: int
+    output_tokens: int
+    attained: int
+
+
+def read_totals(recording: Recording, requests: Requests) -> list[Total]:
+    """Counts of all requests: from their rows, or as the run kept them where it thinned those."""
+    table = recording.columns("request_totals")
+    if not len(table["t_s"]):
+        return _counted(requests)
+    keys = sorted(set(zip(table["slo_class"].tolist(), table["status"].tolist(), strict=True)))
+    columns = (
+        "requests_count", "prompt_tokens", "image_tokens", "output_tokens", "attained_count",
+    )  # fmt: skip
+    return [
+        Total(slo_class, status, *(int(table[name][mine].sum()) for name in columns))
+        for slo_class, status in keys
+        for mine in [(table["slo_class"] == slo_class) & (table["status"] == status)]
+    ]
+
+
+def _counted(requests: Requests) -> list[Total]:
+    totals = []
+    attained = requests.attained
+    for slo_class in sorted(set(requests.slo_class)):
+        of_class = requests.slo_class == slo_class
+        for status in sorted(set(requests.status[of_class])):
+            mine = of_class & (requests.status == status)
+            tokens = (requests.prompt_tokens, requests.image_tokens, requests.output_tokens)
+            counts = [int(column[mine].sum()) for column in (*tokens, attained)]
+            totals.append(Total(str(slo_class), str(status), int(mine.sum()), *counts))
+    return totals
+
+
+def _attained_frac(totals: list[Total]) -> float | None:
+    """Share of ended requests that met their SLO; those still in flight are not counted."""
+    ended = sum(total.requests for total in totals if total.status != "in_flight")
+    return sum(total.attained for total in totals) / ended if ended else None
+
+
+def _requests(totals: list[Total]) -> dict[str, Any]:
     counts = {
-        status: int((requests.status == status).sum())
+        status: sum(total.requests for total in totals if total.status == status)
         for status in ("completed", "rejected", "lost", "in_flight")
     }
     return {
-        "arrived": len(requests.status),
+        "arrived": sum(total.requests for total in totals),
         **counts,
-        "slo_attained_frac": requests.attained_frac(),
+        "slo_attained_frac": _attained_frac(totals),
     }
 
 
-def _classes(requests: Requests) -> dict[str, Any]:
+def _classes(requests: Requests, totals: list[Total]) -> dict[str, Any]:
     found = {}
-    for name in sorted(set(requests.slo_class)):
+    for name in sorted({total.slo_class for total in totals}):
+        of_class = [total for total in totals if total.slo_class == name]
         inside = requests.slo_class == name
-        found[str(name)] = {
-            "arrived": int(inside.sum()),
-            "completed": int((inside & requests.completed).sum()),
-            "slo_attained_frac": requests.attained_frac(inside),
-            "ttft_limit_s": float(requests.ttft_limit_s[inside][0]),
-            "tpot_limit_s": float(requests.tpot_limit_s[inside][0]),
+        found[name] = {
+            "arrived": sum(total.requests for total in of_class),
+            "completed": sum(total.requests for total in of_class if total.status == "completed"),
+            "slo_attained_frac": _attained_frac(of_class),
+            "ttft_limit_s": float(requests.ttft_limit_s[inside][0]) if inside.any() else None,
+            "tpot_limit_s": float(requests.tpot_limit_s[inside][0]) if inside.any() else None,
             "ttft_s": percentiles(requests.ttft_s[inside]),
             "tpot_s": percentiles(requests.tpot_s[inside]),
         }
     return found
 
 
-def _tokens(requests: Requests) -> dict[str, int]:
+def _tokens(totals: list[Total]) -> dict[str, int]:
     """Tokens of completed requests: text in, images in, out."""
-    done = requests.completed
+    done = [total for total in totals if total.status == "completed"]
     return {
-        "input": int(requests.prompt_tokens[done].sum()),
-        "image": int(requests.image_tokens[done].sum()),
-        "output": int(requests.output_tokens[done].sum()),
+        "input": sum(total.input_tokens for total in done),
+        "image": sum(total.image_tokens for total in done),
+        "output": sum(total.output_tokens for total in done),
     }
 
 

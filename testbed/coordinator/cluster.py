@@ -275,6 +275,7 @@ class Layout:
             ramp_up_w_per_s=control.ramp_up_w_per_s,
             delay_s=self.spec.transport.delay_s,
             preprocess_in_tenants=self.spec.tenants.preprocess,
+            gaps_period_s=max(1.0, self.spec.record.itl_period_s),
             elastic=self.spec.cluster.elastic,
             delays=self.spec.reconfigure.delays,
             delay_frac=self.spec.reconfigure.scale,

@@ -14,9 +14,10 @@ forgotten its requests: it is treated as lost, then welcomed.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -34,8 +35,10 @@ from testbed.core.messages import (
     Bye,
     Envelope,
     Gaps,
+    GpuReadings,
     Heartbeat,
     Hello,
+    InstanceReadings,
     Lease,
     Ping,
     Pong,
@@ -52,7 +55,7 @@ from testbed.core.messages import (
     TuneKind,
     Welcome,
 )
-from testbed.core.spec import RunSpec
+from testbed.core.spec import ClassSpec, RunSpec
 from testbed.core.transport.base import Hub
 from testbed.core.view import (
     OFF,
@@ -77,6 +80,8 @@ from testbed.core.view import (
 from testbed.recorder.tables import LAYOUT
 from testbed.recorder.writer import Recorder
 
+TOTALS_PERIOD_S = 60.0
+"""How often counts of all requests are written down, where not every request is."""
 _STATES = ("off", "starting", "up", "draining")
 
 
@@ -85,6 +90,8 @@ class InFlight:
     """A request on its way."""
 
     request: Request
+    tokens: int
+    """What it counts for in `InstanceColumns.outstanding_tokens`."""
     instance: int = -1
     attempts: int = 0
     routed_s: float = float("nan")
@@ -94,12 +101,6 @@ class InFlight:
     """How often an instance gave it up without having failed."""
     done_tokens: int = 0
     """Output that it had by then, which the next instance computes again as part of the prompt."""
-
-    @property
-    def tokens(self) -> int:
-        """What it counts for in `InstanceColumns.outstanding_tokens`."""
-        request = self.request
-        return request.prompt_tokens + request.image_tokens + request.output_tokens
 
     @property
     def rest(self) -> Request:
@@ -127,6 +128,8 @@ class Coordinator:
         start_ns: the run's zero on this machine's monotonic clock (live modes).
         observed_s: what the clock shows, for what a client would have measured. In virtual time
             the time of the event itself.
+        beat_period_s: least time between two heartbeats; infinite where nodes cannot miss them.
+        submit: sends a request to a node by a shorter way than the hub.
         monotonic_ns: this machine's clock, for nodes that set theirs by it.
     """
 
@@ -142,6 +145,8 @@ class Coordinator:
         epoch: int = 1,
         start_ns: int = 0,
         boot_id: str = "",
+        beat_period_s: float = 1.0,
+        submit: Callable[[Node, Submit, float], object] | None = None,
         observed_s: Callable[[float], float] = lambda now_s: now_s,
         monotonic_ns: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -156,9 +161,16 @@ class Coordinator:
         self._epoch = epoch
         self._start_ns = start_ns
         self._boot_id = boot_id
+        self._beat_period_s = beat_period_s
         self._observed_s = observed_s
+        self._submit = submit or (lambda node, body, now_s: hub.send(node.name, body, now_s))
+        self._node_of: list[int] = self.layout.instances.node.tolist()
         self._monotonic_ns = monotonic_ns
         self._classes = {slo_class.name: slo_class for slo_class in spec.slo_class}
+        self._every = spec.record.requests_every
+        self._sums: dict[tuple[str, str], list[int]] = {}
+        """By class and status since the last row of totals; see `_tally`."""
+        self._totals_s = 0.0
         self.in_flight: dict[int, InFlight] = {}
         self._held: deque[InFlight] = deque()
         num_instances = len(self.layout.instances.name)
@@ -181,7 +193,7 @@ class Coordinator:
         self._lock_mhz = np.zeros(count)
         self._next_step_s = [0.0] * len(controllers)
         self._step = 0
-        self._beat_s = -np.inf
+        self._beat_s = -math.inf
         self.stopping = False
         self._building = Building(spec, self.layout) if spec.plant is not None else None
         records.cluster(self.view)
@@ -268,8 +280,46 @@ class Coordinator:
         )
 
     def _on_report(self, node: Node, report: Report, t_s: float, now_s: float) -> None:
-        gpus, place = self.layout.gpus, node.gpus
-        readings = report.gpus
+        newly_lost = self._enter(t_s, node.gpus, report.gpus, node.instances, report.instances)
+        if node.tenants.stop > node.tenants.start:
+            self._on_tenants(node, report, t_s)
+        if report.slots.serial and report.slots != node.layout_seen:
+            self._on_slots(node, report.slots, t_s, now_s)
+        self._record_readings(t_s, node.gpus, report.gpus, node.instances, report.instances)
+        self._heard(node, report.drift_total, report.slots.layout_sequence, now_s)
+        if node.index in newly_lost:
+            self._lose_gpus(node, newly_lost[node.index], now_s)
+
+    def on_bank(
+        self,
+        gpus: GpuReadings,
+        instances: InstanceReadings,
+        drift_totals: list[int],
+        t_s: float,
+        now_s: float,
+    ) -> None:
+        """The reports of all nodes in one, as arrays: what they show at ``t_s``."""
+        place = slice(0, len(self.layout.gpus.name))
+        where = slice(0, len(self.layout.instances.name))
+        newly_lost = self._enter(t_s, place, gpus, where, instances)
+        self._record_readings(t_s, place, gpus, where, instances)
+        for node, drift_total in zip(self.layout.nodes, drift_totals, strict=True):
+            node.last_s = now_s
+            if not node.live or drift_total != node.drift_total:
+                self._heard(node, drift_total, 0, now_s)
+        for index, lost in newly_lost.items():
+            self._lose_gpus(self.layout.nodes[index], lost, now_s)
+
+    def _enter(
+        self,
+        t_s: float,
+        place: slice,
+        readings: GpuReadings,
+        where: slice,
+        served: InstanceReadings,
+    ) -> dict[int, list[int]]:
+        """Enter readings into the view; returns GPUs newly lost, by node and counted there."""
+        gpus, instances = self.layout.gpus, self.layout.instances
         gpus.t_s[place] = t_s
         gpus.power_instant_w[place] = readings.power_instant_w
         gpus.power_avg_w[place] = readings.power_avg_w
@@ -282,36 +332,41 @@ class Coordinator:
         gpus.gpu_busy_frac[place] = readings.gpu_busy_frac
         gpus.fb_used_bytes[place] = readings.fb_used_bytes
         gpus.throttle[place] = readings.throttle
-        newly_lost = [
-            local
-            for local, lost in enumerate(readings.lost)
-            if lost and not gpus.lost[place][local]
-        ]
-        gpus.lost[place] = readings.lost
-        instances, where = self.layout.instances, node.instances
+        lost = np.asarray(readings.lost, np.bool_)
+        newly_lost: dict[int, list[int]] = {}
+        for gpu in (np.flatnonzero(lost & ~gpus.lost[place]) + place.start).tolist():
+            node = self.layout.nodes[gpus.node[gpu]]
+            if node.live:  # a node that joins had all its GPUs marked lost
+                newly_lost.setdefault(node.index, []).append(gpu - node.gpus.start)
+        gpus.lost[place] = lost
         instances.t_s[where] = t_s
-        instances.num_running[where] = report.instances.num_running
-        instances.num_waiting[where] = report.instances.num_waiting
-        instances.kv_used_frac[where] = report.instances.kv_used_frac
-        instances.prompt_tokens_total[where] = report.instances.prompt_tokens_total
-        instances.output_tokens_total[where] = report.instances.output_tokens_total
-        instances.preemptions_total[where] = report.instances.preemptions_total
-        if node.tenants.stop > node.tenants.start:
-            self._on_tenants(node, report, t_s)
-        if report.slots.serial and report.slots != node.layout_seen:
-            self._on_slots(node, report.slots, t_s, now_s)
+        instances.num_running[where] = served.num_running
+        instances.num_waiting[where] = served.num_waiting
+        instances.kv_used_frac[where] = served.kv_used_frac
+        instances.prompt_tokens_total[where] = served.prompt_tokens_total
+        instances.output_tokens_total[where] = served.output_tokens_total
+        instances.preemptions_total[where] = served.preemptions_total
+        return newly_lost
+
+    def _record_readings(
+        self,
+        t_s: float,
+        place: slice,
+        readings: GpuReadings,
+        where: slice,
+        served: InstanceReadings,
+    ) -> None:
         self._records.gpus(t_s, range(place.start, place.stop), readings)
-        self._records.instances(
-            t_s,
-            range(where.start, where.stop),
-            report.instances,
-            instances.outstanding_tokens[where],
-        )
-        if report.drift_total > node.drift_total:
-            count = report.drift_total - node.drift_total
+        outstanding_tokens = self.layout.instances.outstanding_tokens[where]
+        self._records.instances(t_s, range(where.start, where.stop), served, outstanding_tokens)
+
+    def _heard(self, node: Node, drift_total: int, layout_sequence: int, now_s: float) -> None:
+        """A node has reported: for the first time in this life, or that limits were changed."""
+        if drift_total > node.drift_total:
+            count = drift_total - node.drift_total
             text = f"a limit was changed by somebody else and set again ({count} times)"
             self._event(now_s, "warning", node.name, "drift", text)
-        node.drift_total = report.drift_total
+        node.drift_total = drift_total
         if not node.live:
             node.live = True
             backing = node.tenant_infos[0].backing if node.tenant_infos else ""
@@ -321,12 +376,10 @@ class Coordinator:
             self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
             self._lease(node, now_s)
             self._tune_again(node, now_s)
-            if report.slots.layout_sequence < node.layout_sequence:
+            if layout_sequence < node.layout_sequence:
                 self._tell_layout(node, now_s)  # it was welcomed with an older one
             self._refresh_up(node)
             self._release_held(now_s)
-        elif newly_lost:
-            self._lose_gpus(node, newly_lost, now_s)
 
     def _on_slots(self, node: Node, slots: SlotReadings, t_s: float, now_s: float) -> None:
         """What the slots of an elastic node hold has changed, or is called something else."""
@@ -358,6 +411,8 @@ class Coordinator:
 
     def _on_returned(self, node: Node, returned: Returned, t_s: float, now_s: float) -> None:
         """An instance has given requests up: send them elsewhere, or let them end."""
+        if self.stopping:
+            return  # every request has its row by now
         self._records.moves(t_s, returned, node.instances.start)
         back = []
         for request_id, local, output_tokens, why in zip(
@@ -389,23 +444,44 @@ class Coordinator:
         self._records.tenants(t_s, range(who.start, who.stop), report.tenants)
 
     def _on_gaps(self, node: Node, gaps: Gaps, t_s: float) -> None:
-        for local in sorted(set(gaps.instance)):
-            mine = [k for k, instance in enumerate(gaps.instance) if instance == local]
-            self._records.itl(
-                t_s,
-                node.instances.start + local,
-                [gaps.bin[k] for k in mine],
-                [gaps.count[k] for k in mine],
-            )
+        counted = zip(gaps.instance, gaps.bin, gaps.count, strict=True)
+        self.on_gaps(node.instances.start, counted, t_s)
+
+    def on_gaps(self, first: int, gaps: Iterable[tuple[int, int, int]], t_s: float) -> None:
+        """Counts of gaps between tokens: (instance counted from ``first``, bin, count)."""
+        by_instance: dict[int, list[tuple[int, int]]] = {}
+        for local, place, count in gaps:
+            by_instance.setdefault(local, []).append((place, count))
+        for local in sorted(by_instance):
+            bins, counts = zip(*by_instance[local], strict=True)
+            self._records.itl(t_s, first + local, bins, counts)
 
     def _on_progress(self, node: Node, progress: Progress, now_s: float) -> None:
+        self.on_happened(
+            node,
+            zip(
+                progress.request_id,
+                progress.event,
+                progress.t_s,
+                progress.preemptions,
+                strict=True,
+            ),
+            now_s,
+        )
+
+    def on_happened(
+        self, node: Node, events: Iterable[tuple[int, str, float, int]], now_s: float
+    ) -> None:
+        """What became of requests on a node: id, kind of event, when, and preemptions so far."""
+        if self.stopping:
+            return  # every request has its row by now
         seen_s = self._observed_s(now_s)
         freed = False
-        for request_id, event, t_s, preemptions in zip(
-            progress.request_id, progress.event, progress.t_s, progress.preemptions, strict=True
-        ):
-            entry = self.in_flight.get(request_id)
-            if entry is None or not node.instances.start <= entry.instance < node.instances.stop:
+        in_flight = self.in_flight
+        first, stop = node.instances.start, node.instances.stop
+        for request_id, event, t_s, preemptions in events:
+            entry = in_flight.get(request_id)
+            if entry is None or not first <= entry.instance < stop:
                 continue  # of an attempt that was given up
             if event == "first_token":
                 if not entry.done_tokens:  # else the first of its rest
@@ -487,14 +563,16 @@ class Coordinator:
     def on_arrival(self, request: Request, now_s: float) -> None:
         """A request arrives at the front door."""
         self.arrived_total += 1
-        entry = InFlight(request)
+        tokens = request.prompt_tokens + request.image_tokens + request.output_tokens
+        entry = InFlight(request, tokens)
         self.in_flight[request.id] = entry
         self._route(entry, now_s)
 
     def _route(self, entry: InFlight, now_s: float) -> bool:
         """Send a request to the router's choice, or hold it; True if it was sent."""
         self.view.now_s = now_s
-        chosen = self._router.route(entry.request, self.view)
+        request = entry.request
+        chosen = self._router.route(request, self.view)
         if chosen is None or not self._is_up(chosen):
             if len(self._held) >= self.spec.control.hold_limit:
                 self._end(entry, "rejected", now_s, now_s, 0)
@@ -507,12 +585,13 @@ class Coordinator:
         entry.routed_s = now_s
         instances.outstanding_requests[chosen] += 1
         instances.outstanding_tokens[chosen] += entry.tokens
-        node = self.layout.nodes[instances.node[chosen]]
-        ttft_s = self._classes[entry.request.slo_class].ttft_s
-        if entry.done_tokens:
-            ttft_s = float("inf")
+        node = self.layout.nodes[self._node_of[chosen]]
         local = chosen - node.instances.start
-        self._hub.send(node.name, Submit(local, entry.rest, ttft_s), now_s)
+        if entry.done_tokens:
+            body = Submit(local, entry.rest, math.inf)
+        else:
+            body = Submit(local, request, self._classes[request.slo_class].ttft_s)
+        self._submit(node, body, now_s)
         return True
 
     def _is_up(self, instance: int) -> bool:
@@ -532,9 +611,11 @@ class Coordinator:
                 break
 
     def _take_back(self, entry: InFlight) -> None:
-        if entry.instance >= 0:
-            self.layout.instances.outstanding_requests[entry.instance] -= 1
-            self.layout.instances.outstanding_tokens[entry.instance] -= entry.tokens
+        instance = entry.instance
+        if instance >= 0:
+            instances = self.layout.instances
+            instances.outstanding_requests[instance] -= 1
+            instances.outstanding_tokens[instance] -= entry.tokens
         entry.instance = -1
 
     def _end(
@@ -551,31 +632,60 @@ class Coordinator:
     ) -> None:
         request = entry.request
         slo_class = self._classes[request.slo_class]
-        self._records.append(
-            "requests",
-            {
-                "request_id": request.id,
-                "tenant": request.tenant,
-                "slo_class": request.slo_class,
-                "pool": slo_class.pool,
-                "instance": entry.instance,
-                "arrival_s": request.arrival_s,
-                "routed_s": entry.routed_s,
-                "first_token_s": entry.first_token_s,
-                "first_token_seen_s": entry.first_token_seen_s,
-                "finished_s": t_s,
-                "finished_seen_s": seen_s,
-                "prompt_tokens": request.prompt_tokens,
-                "image_tokens": request.image_tokens,
-                "num_images": request.num_images,
-                "output_tokens": request.output_tokens,
-                "preemptions": preemptions,
-                "attempts": entry.attempts,
-                "status": status,
-                "ttft_limit_s": slo_class.ttft_s,
-                "tpot_limit_s": slo_class.tpot_s,
-            },
+        if self._every > 1:
+            self._tally(request, slo_class, entry, status, seen_s)
+            if request.id % self._every:
+                return
+        # In the order of the table.
+        self._records.request(
+            (
+                request.id,
+                request.tenant,
+                request.slo_class,
+                slo_class.pool,
+                entry.instance,
+                request.arrival_s,
+                entry.routed_s,
+                entry.first_token_s,
+                entry.first_token_seen_s,
+                t_s,
+                seen_s,
+                request.prompt_tokens,
+                request.image_tokens,
+                request.num_images,
+                request.output_tokens,
+                preemptions,
+                entry.attempts,
+                status,
+                slo_class.ttft_s,
+                slo_class.tpot_s,
+            )
         )
+
+    def _tally(
+        self, request: Request, slo_class: ClassSpec, entry: InFlight, status: str, seen_s: float
+    ) -> None:
+        """Count a request whose row may not be kept."""
+        key = (request.slo_class, status)
+        sums = self._sums.get(key)
+        if sums is None:
+            sums = self._sums[key] = [0, 0, 0, 0, 0]
+        sums[0] += 1
+        sums[1] += request.prompt_tokens
+        sums[2] += request.image_tokens
+        sums[3] += request.output_tokens
+        if status == "completed":
+            # The rule of testbed.analysis.latency.
+            first_s, gaps = entry.first_token_seen_s, request.output_tokens - 1
+            slow = first_s - request.arrival_s > slo_class.ttft_s
+            slow = slow or (gaps > 0 and (seen_s - first_s) / gaps > slo_class.tpot_s)
+            sums[4] += not slow
+
+    def _record_totals(self, now_s: float) -> None:
+        self._totals_s = now_s
+        for (name, status), sums in sorted(self._sums.items()):
+            self._records.totals(now_s, name, status, sums)
+        self._sums.clear()
 
     # What policies decide.
 
@@ -908,7 +1018,7 @@ class Coordinator:
     def tick(self, now_s: float) -> None:
         """Renew leases, notice silence, and write down the draw of each row."""
         control = self.spec.control
-        beat = now_s - self._beat_s >= 1.0
+        beat = now_s - self._beat_s >= self._beat_period_s
         if beat:
             self._beat_s = now_s
         for node in self.layout.nodes:
@@ -923,6 +1033,8 @@ class Coordinator:
         if self._building is not None:
             self._move_building(self._building, now_s)
         self._record_rows(now_s)
+        if self._sums and now_s - self._totals_s >= TOTALS_PERIOD_S - 1e-9:
+            self._record_totals(now_s)
 
     def _move_building(self, building: Building, now_s: float) -> None:
         """Let the building answer what nodes draw, and tell them what it does to them."""
@@ -959,6 +1071,7 @@ class Coordinator:
         self.stopping = True
         for entry in list(self.in_flight.values()):
             self._record_request(entry, "in_flight", float("nan"), float("nan"), 0)
+        self._record_totals(now_s)
         for node in self.layout.nodes:
             if node.incarnation:
                 self._hub.send(node.name, Stop(reason), now_s)

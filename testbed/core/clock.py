@@ -52,20 +52,21 @@ class Scheduler(Protocol):
 class _Heap:
     def __init__(self) -> None:
         self.now_s = 0.0
-        self._heap: list[tuple[float, int, str, int, Callback]] = []
+        self.stopped = False
+        self.heap: list[tuple[float, int, str, int, Callback]] = []
+        """What is to come: due time, order, key, number of the entry, callback."""
         self._entered = 0
-        self._stopped = False
 
     def call_at(self, t_s: float, order: int, callback: Callback, key: str = "") -> None:
         """Run ``callback(t_s)`` at ``t_s``, or as soon as possible if that has passed."""
         if math.isnan(t_s):
             raise ValueError("t_s is not a number")
         self._entered += 1
-        heapq.heappush(self._heap, (max(t_s, self.now_s), order, key, self._entered, callback))
+        heapq.heappush(self.heap, (max(t_s, self.now_s), order, key, self._entered, callback))
 
     def stop(self) -> None:
         """Leave `run` after the current callback."""
-        self._stopped = True
+        self.stopped = True
 
 
 class VirtualScheduler(_Heap):
@@ -73,14 +74,22 @@ class VirtualScheduler(_Heap):
 
     def run(self, until_s: float) -> None:
         """Run everything due up to and at ``until_s``, and leave the clock there."""
-        heap = self._heap
-        self._stopped = False
-        while heap and heap[0][0] <= until_s and not self._stopped:
-            t_s, _, _, _, callback = heapq.heappop(heap)
-            self.now_s = t_s
-            callback(t_s)
-        if not self._stopped:
+        heap = self.heap
+        self.resume()
+        while heap and heap[0][0] <= until_s and not self.stopped:
+            self.step()
+        if not self.stopped:
             self.now_s = max(self.now_s, until_s)
+
+    def resume(self) -> None:
+        """Take back an earlier `stop`."""
+        self.stopped = False
+
+    def step(self) -> None:
+        """Run what is due next."""
+        t_s, _, _, _, callback = heapq.heappop(self.heap)
+        self.now_s = t_s
+        callback(t_s)
 
 
 class Lateness:
@@ -152,10 +161,10 @@ class LiveScheduler(_Heap):
 
     def run(self, until_s: float) -> None:
         """Run everything as it falls due until the clock shows ``until_s`` or `stop` is called."""
-        self._stopped = False
-        heap = self._heap
+        self.stopped = False
+        heap = self.heap
         polled_s = -math.inf
-        while not self._stopped:
+        while not self.stopped:
             wall_s = self.wall_s()
             due_s = heap[0][0] if heap else math.inf
             if due_s <= min(wall_s, until_s):

@@ -135,6 +135,7 @@ class NodeConfig(_Wire, frozen=True):
     ramp_up_w_per_s: float
     delay_s: float
     preprocess_in_tenants: bool = False
+    gaps_period_s: float = 1.0
     elastic: bool = False
     """Instances are slots, one per GPU, and `Arrange` may change them."""
     delays: Delays = Delays()
@@ -333,7 +334,7 @@ class Returned(_Wire, frozen=True, tag=True):
 
 
 class Gaps(_Wire, frozen=True, tag=True):
-    """Inter-token gaps since the last word, as counts per instance and histogram bin."""
+    """Inter-token gaps of the last ``gaps_period_s``, as counts per instance and histogram bin."""
 
     instance: list[int]
     bin: list[int]

@@ -93,15 +93,17 @@ class ClassSpec(_Table, frozen=True):
 class WorkloadSpec(_Table, frozen=True):
     """Where requests come from. Fields that a source does not use must be left at their default."""
 
-    source: Literal["azure_llm", "azure_lmm", "poisson", "bursty", "long_context", "csv"] = (
-        "poisson"
-    )
+    source: Literal[
+        "azure_llm", "azure_llm_week", "azure_lmm", "poisson", "bursty", "long_context", "csv"
+    ] = "poisson"
     trace: str = ""
     """A trace file, or the name of one we ship."""
     start_s: NotNegative = 0.0
     """Where in the trace to begin."""
     rate_rps: NotNegative = 0.0
     """Mean arrival rate; for a trace, the rate it is thinned or repeated to (0 keeps its own)."""
+    time_scale: Positive = 1.0
+    """Seconds of a day or week that are played in one second, at their rates."""
     burst_cv: Positive = 3.0
     image_frac: Frac = 0.0
     """Share of requests given images, with sizes from the measured LMM distributions."""
@@ -224,8 +226,6 @@ class LedgerSpec(_Table, frozen=True):
     """
     begins_h: NotNegative = 0.0
     """Hour of that series, and of the day, at the run's zero."""
-    time_scale: Positive = 1.0
-    """Seconds of the trace that a second of the run stands for."""
     price_usd_per_kwh: list[NotNegative] = msgspec.field(default_factory=lambda: [0.08])
     """One for all hours, or 24, one for each hour of the day (UTC). Assumed."""
     gpu_usd_per_h: NotNegative = 12.29
@@ -264,6 +264,14 @@ class RecordSpec(_Table, frozen=True):
 
     gpu_period_s: NotNegative = 0.0
     """Least time between two recorded samples of a GPU; 0 keeps every report."""
+    instance_period_s: NotNegative = 0.0
+    """The same for an instance."""
+    itl_period_s: NotNegative = 0.0
+    """Counts of gaps between tokens are put together over so much time; 0 keeps each second's."""
+    requests_every: Count = 1
+    """Keep the rows of every so manieth request. Counts, tokens and SLOs are kept of all."""
+    segments: bool = False
+    """Keep the engines' segments: the time of each token of a virtual run can be had from them."""
     views: bool = True
     """Keep the views that policies saw: needed by ``testbed replay``."""
 
@@ -495,6 +503,10 @@ def _check(spec: RunSpec) -> None:
             f"run spec: ledger.price_usd_per_kwh has {len(spec.ledger.price_usd_per_kwh)} values, "
             "must have 1 or 24"
         )
+    if spec.record.segments and spec.mode != "virtual":
+        raise SpecError(f"run spec: record.segments: only a virtual run has them, not {spec.mode}")
+    if spec.record.segments and spec.cluster.elastic:
+        raise SpecError("run spec: record.segments: not with cluster.elastic")
     if spec.control.lease_s < 3 * spec.control.sample_period_s:
         raise SpecError(
             f"run spec: control.lease_s = {spec.control.lease_s} must be at least three times "

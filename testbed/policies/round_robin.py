@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from testbed.policies import Request, View
 
 
@@ -23,10 +21,12 @@ class RoundRobin:
     def route(self, request: Request, view: View) -> int | None:
         """The next instance in order, or None while the whole pool is down."""
         pool = view.pool_of_class[request.slo_class]
-        members = np.flatnonzero((view.instances.pool == pool) & view.instances.up)
-        if not len(members):
-            return None
-        after = np.searchsorted(members, self._last.get(pool, -1), side="right")
-        chosen = int(members[after % len(members)])
-        self._last[pool] = chosen
-        return chosen
+        up, pools = view.instances.up, view.instances.pool
+        count = len(up)
+        index = self._last.get(pool, -1)
+        for _ in range(count):
+            index = index + 1 if index + 1 < count else 0
+            if up[index] and pools[index] == pool:
+                self._last[pool] = index
+                return index
+        return None

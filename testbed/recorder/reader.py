@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -127,6 +127,19 @@ class Recording:
         """Columns of a table as NumPy arrays; names as an array of objects."""
         found = self.table(name, columns or None)
         return {column: _to_numpy(found[column]) for column in found.column_names}
+
+    def batches(self, name: str, columns: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Like `columns`, a part of the rows at a time; one part without rows if there are none."""
+        path = self.folder / f"{name}.parquet"
+        if not path.exists() or (self.folder / f"{name}.arrows").exists():
+            yield self.columns(name, *columns)
+            return
+        schema = pq.read_schema(path)
+        named = [field.name for field in schema if _kind(field) == b"name"]
+        with pq.ParquetFile(path, read_dictionary=named) as file:
+            for group in range(file.num_row_groups):
+                rows = file.read_row_group(group, columns=list(columns))
+                yield {column: _to_numpy(rows[column]) for column in columns}
 
     def units(self, name: str) -> dict[str, str]:
         """Unit of each column of a table."""

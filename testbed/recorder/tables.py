@@ -283,6 +283,12 @@ _ALL = [
         "ttft_limit_s:f8 tpot_limit_s:f8",
     ),
     table(
+        "request_totals",
+        "counts of all requests that ended since the last row, where not all have their own",
+        "t_s:f8 slo_class:name status:name requests_count:i8 prompt_tokens:i8 image_tokens:i8 "
+        "output_tokens:i8 attained_count:i8",
+    ),
+    table(
         "moves",
         "requests that an instance gave up before they ended: recalled, drained, resharded and "
         "gone are routed again, squashed are rejected for being past their deadline",
@@ -296,9 +302,9 @@ _ALL = [
     ),
     table(
         "segments",
-        "collapsed runs of alike iterations",
-        "instance:i4 t_start_s:f8 t_end_s:f8 iterations:i8 num_seqs:i4 context_tokens:i8 "
-        "prefill_tokens:i8 encode_tiles:i4 clock_frac:f4",
+        "runs of alike iterations; the k-th (from 0) took first_s + k * growth_s",
+        "instance:i4 t_start_s:f8 t_end_s:f8 iterations:i8 first_s:f8 growth_s:f8 num_seqs:i4 "
+        "context_tokens:i8 prefill_tokens:i8 encode_tiles:i4 clock_frac:f4",
     ),
     # Control.
     table("view_rows", "what policies saw: rows", "step:i8 now_s:f8 row:i4 budget_w:f8"),

@@ -60,6 +60,8 @@ which in virtual time may be a thousand times a second."""
 FULL_ROWS = 1 << 17
 """A buffer of so many rows is flushed without waiting: it bounds memory."""
 ROW_GROUP_ROWS = 1 << 17
+BATCH_ROWS = 1 << 10
+"""Single rows are turned into columns so many at a time: one by one costs five times as much."""
 
 _VIEW_GPUS = view_columns(GpuColumns)
 _VIEW_INSTANCES = view_columns(InstanceColumns)
@@ -86,11 +88,31 @@ class TableWriter:
             else:
                 self._texts.append((place, []))
         self._names = [column.name for column in table.columns]
+        self._rows: list[tuple[Any, ...]] = []
         self._sink: Any = None
         self._stream: Any = None
 
+    def append_row(self, row: tuple[Any, ...]) -> bool:
+        """Add one row, in the table's order; True once it is time to flush.
+
+        Rows wait for each other and are put in as columns.
+        """
+        rows = self._rows
+        rows.append(row)
+        if len(rows) < BATCH_ROWS:
+            return False
+        self._put_rows()
+        return self.num_rows >= FULL_ROWS
+
+    def _put_rows(self) -> None:
+        rows, self._rows = self._rows, []
+        if rows:
+            self.append(len(rows), *zip(*rows, strict=True))
+
     def append(self, count: int, *values: Any) -> None:
         """Add ``count`` rows; ``values`` are columns in the table's order, or one value for all."""
+        if self._rows:
+            self._put_rows()
         start = self.num_rows
         end = start + count
         if end > self._capacity:
@@ -127,6 +149,7 @@ class TableWriter:
 
     def flush(self) -> None:
         """Hand the buffered rows to the operating system."""
+        self._put_rows()
         if not self.num_rows:
             return
         if self._stream is None:
@@ -148,6 +171,23 @@ class TableWriter:
             self._stream.close()
             self._sink.close()
             self._stream = None
+
+
+class _Due:
+    """Which samples of a bank to keep: those at least ``period_s`` apart."""
+
+    def __init__(self, period_s: float) -> None:
+        self.period_s = period_s
+        self.next_s: dict[int, float] = {}
+
+    def now(self, bank: int, t_s: float) -> bool:
+        """Whether to keep the sample at ``t_s``; it is taken as kept."""
+        if not self.period_s:
+            return True
+        if t_s < self.next_s.get(bank, t_s) - 1e-6:
+            return False
+        self.next_s[bank] = t_s + self.period_s
+        return True
 
 
 class Recorder:
@@ -185,10 +225,11 @@ class Recorder:
         self.tables = {name: TableWriter(table, self.folder) for name, table in tables.items()}
         self._gpus = self.tables["gpus"]
         self._instances = self.tables["instances"]
+        self._requests = self.tables["requests"]
         self._tenants = self.tables["tenants"]
         self._names: dict[str, tuple[str, ...]] = {}
-        self._gpu_period_s = spec.record.gpu_period_s
-        self._gpu_due_s: dict[int, float] = {}
+        self._gpu_due = _Due(spec.record.gpu_period_s)
+        self._instance_due = _Due(spec.record.instance_period_s)
         self._held: dict[int, tuple[float, Any, GpuReadings]] = {}
         self._flushed = self._started
         self._last_s = 0.0
@@ -211,6 +252,15 @@ class Recorder:
         writer.append_columns(columns)
         if writer.num_rows >= FULL_ROWS:
             self._flush()
+
+    def request(self, row: tuple[Any, ...]) -> None:
+        """A request has ended; ``row`` is in the order of the table ``requests``."""
+        if self._requests.append_row(row):
+            self._flush()
+
+    def totals(self, t_s: float, slo_class: str, status: str, sums: Sequence[int]) -> None:
+        """Requests that ended, counted: how many, their tokens, how many attained their SLO."""
+        self.tables["request_totals"].append(1, t_s, slo_class, status, *sums)
 
     # What does not change.
 
@@ -308,13 +358,11 @@ class Recorder:
         With ``record.gpu_period_s`` set, a report that comes too soon is held back; the last one
         is kept at the end, so that energy counters cover the whole run.
         """
-        if self._gpu_period_s:
-            bank = int(gpu[0])
-            if t_s < self._gpu_due_s.get(bank, t_s) - 1e-6:
-                self._held[bank] = (t_s, gpu, readings)
-                return
-            self._gpu_due_s[bank] = t_s + self._gpu_period_s
-            self._held.pop(bank, None)
+        bank = int(gpu[0])
+        if not self._gpu_due.now(bank, t_s):
+            self._held[bank] = (t_s, gpu, readings)
+            return
+        self._held.pop(bank, None)
         self._put_gpus(t_s, gpu, readings)
 
     def _put_gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
@@ -326,7 +374,12 @@ class Recorder:
     def instances(
         self, t_s: float, instance: Any, readings: InstanceReadings, outstanding_tokens: Any
     ) -> None:
-        """A node's instances, and how many tokens the coordinator holds each to have ahead."""
+        """A node's instances, and how many tokens the coordinator holds each to have ahead.
+
+        Thinned by ``record.instance_period_s``.
+        """
+        if not len(instance) or not self._instance_due.now(int(instance[0]), t_s):
+            return
         self._instances.append(
             len(instance), t_s, instance, *msgspec.structs.astuple(readings), outstanding_tokens
         )
@@ -349,6 +402,14 @@ class Recorder:
     def itl(self, t_s: float, instance: int, bins: Any, counts: Any) -> None:
         """Gaps between tokens of an instance since the last call, by `tables.itl_bin`."""
         self.tables["itl"].append(len(bins), t_s, instance, bins, counts)
+
+    def segments(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Finished segments of engines: the instance, then `emulators.engine.Segment`."""
+        if rows:
+            writer = self.tables["segments"]
+            writer.append(len(rows), *zip(*rows, strict=True))
+            if writer.num_rows >= FULL_ROWS:
+                self._flush()
 
     # Control.
 

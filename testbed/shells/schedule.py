@@ -104,7 +104,6 @@ class Desk:
         self._ticks = 0
         self._started = time.monotonic()
         self._shown = self._flushed = 0.0
-        self.arrivals_done = False
         self.coordinator: Coordinator
 
     def deliver(self, envelope: Envelope, due_s: float) -> None:
@@ -112,15 +111,15 @@ class Desk:
         take = partial(self.coordinator.on_message, envelope)
         self._loop.call_at(due_s, DELIVERY, take, envelope.source)
 
-    def begin(self) -> None:
-        """Start arrivals and ticks."""
-        self._next_arrival()
+    def begin(self, *, arrivals: bool = True) -> None:
+        """Start ticks and, unless somebody else brings the requests, arrivals."""
+        if arrivals:
+            self._next_arrival()
         self._loop.call_at(0.0, CONTROL, self._tick)
 
     def _next_arrival(self) -> None:
         request = next(self._parts.requests, None)
         if request is None:
-            self.arrivals_done = True
             return
         self._loop.call_at(request.arrival_s, DELIVERY, partial(self._arrive, request))
 

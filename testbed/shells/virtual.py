@@ -21,8 +21,12 @@ from testbed.core.clock import (
 )
 from testbed.core.messages import Bye, Envelope
 from testbed.core.transport.memory import Network
+from testbed.shells.lean import BankReports, RequestPath
 from testbed.shells.plant import emulated_bank, gpu_faults, tenant_plan
 from testbed.shells.schedule import Desk, NodeSchedule, Parts
+
+_LEAN_DELAY_S = 0.4
+"""Longest delay with which all nodes have joined by time zero, a second after they began to."""
 
 
 class NoJournal(Journal):
@@ -41,8 +45,13 @@ class NoJournal(Journal):
         """Nothing to remove."""
 
 
-def run_virtual(parts: Parts) -> None:
-    """Everything in this process, on a clock that jumps."""
+def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
+    """Everything in this process, on a clock that jumps.
+
+    Args:
+        parts: the run.
+        by_message: send everything as messages, also where `testbed.shells.lean` could do without.
+    """
     spec = parts.spec
     loop = VirtualScheduler()
     transport = spec.transport
@@ -52,11 +61,6 @@ def run_virtual(parts: Parts) -> None:
         jitter_s=transport.jitter_s,
         loss_frac=transport.loss_frac,
     )
-    desk = Desk(parts, loop)
-    hub = network.hub(desk.deliver)
-    desk.coordinator = Coordinator(
-        spec, hub, parts.records, parts.controllers, parts.router, run_id=parts.folder.name
-    )
     names = spec.node_names()
     count = spec.cluster.gpus_per_node
     state = GpuState.create(len(names) * count)
@@ -65,43 +69,81 @@ def run_virtual(parts: Parts) -> None:
         emulated_bank(spec, parts.profile, state, places),
         num_nodes=len(names),
         faults=gpu_faults(spec, places),
+        keep_segments=spec.record.segments,
+    )
+    path: RequestPath | None = None
+    odd = transport.jitter_s or transport.delay_s > _LEAN_DELAY_S or spec.cluster.elastic
+    if not (by_message or odd):
+        path = RequestPath(loop, servers, transport.delay_s, parts.requests)
+    desk = Desk(parts, loop)
+    desk.coordinator = Coordinator(
+        spec,
+        network.hub(desk.deliver),
+        parts.records,
+        parts.controllers,
+        parts.router,
+        run_id=parts.folder.name,
+        beat_period_s=math.inf,
+        submit=path.submit if path else None,
     )
     nodes: list[NodeSchedule] = []
+    guards: list[CapGuard] = []
     for index, name in enumerate(names):
         plan = tenant_plan(spec.tenants, index)
-        nodes.append(_virtual_node(name, index, servers, network, loop, plan))
+        guards.append(CapGuard(servers.gpus[index], NoJournal()))
+        nodes.append(_virtual_node(name, index, servers, guards[-1], network, loop, plan))
+    bank: BankReports | None = None
+    if path is not None:
+        path.coordinator = desk.coordinator
+        if not (transport.loss_frac or spec.tenants.per_node):
+            daemons = [node.daemon for node in nodes]
+            bank = BankReports(loop, servers, daemons, guards, transport.delay_s, path.tell)
+            bank.coordinator = desk.coordinator
     # Nodes join before time zero, as they do in a live run.
     loop.now_s = -1.0
     for node in nodes:
         node.daemon.hello(loop.now_s)
+    loop.run(until_s=-1e-9)
     period_s = spec.control.sample_period_s
     ticks = 0
 
     def tick(now_s: float) -> None:
         nonlocal ticks
         servers.tick(now_s)
-        for node in nodes:
-            loop.call_at(now_s, SAMPLE, node.sample, node.daemon.name)
+        if spec.record.segments:
+            parts.records.segments(servers.drain_segments())
+        if bank is not None:
+            loop.call_at(now_s, SAMPLE, bank.sample)
+        else:
+            if path is not None:
+                for index, events in servers.events():
+                    path.tell(index, events, now_s)
+            for node in nodes:
+                loop.call_at(now_s, SAMPLE, node.sample, node.daemon.name)
         ticks += 1
         loop.call_at(ticks * period_s, PHYSICS, tick)
 
+    run = path.run if path is not None else loop.run
     loop.call_at(0.0, PHYSICS, tick)
-    desk.begin()
-    loop.run(until_s=math.inf)
+    desk.begin(arrivals=path is None)
+    run(math.inf)
     end_s = loop.now_s
     # Jitter is exponential: thirty times its mean is beyond any that will be drawn.
     wire_s = transport.delay_s + 30.0 * transport.jitter_s + 1e-6
     desk.coordinator.stop(end_s, "the run is over")
-    loop.run(until_s=end_s + wire_s)
+    run(end_s + wire_s)
     for node in nodes:
         node.daemon.close(loop.now_s, Bye("the run is over", 0.0, 0.0, 0.0, 0, 0))
-    loop.run(until_s=end_s + 2 * wire_s)
+    run(end_s + 2 * wire_s)
+    if spec.record.segments:
+        parts.records.segments(servers.drain_segments())
 
 
 def _virtual_node(
     name: str,
     index: int,
     servers: ServerBank,
+    guard: CapGuard,
     network: Network,
     loop: VirtualScheduler,
     plan: TenantPlan | None,
@@ -116,7 +158,7 @@ def _virtual_node(
     daemon = NodeDaemon(
         name,
         gpus,
-        CapGuard(gpus, NoJournal()),
+        guard,
         serving,
         spoke.send,
         tenants=tenants,

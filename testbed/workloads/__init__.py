@@ -22,13 +22,22 @@ import numpy as np
 from testbed.core.errors import SpecError
 from testbed.core.messages import Request
 from testbed.core.spec import ClassSpec, WorkloadSpec
-from testbed.workloads import azure_llm, azure_lmm, bursty, long_context, poisson, table
+from testbed.workloads import (
+    azure_llm,
+    azure_llm_week,
+    azure_lmm,
+    bursty,
+    long_context,
+    poisson,
+    table,
+)
 from testbed.workloads.columns import Columns, Floats, Job, Names, SourceKind, Streams
 
 __all__ = ["SOURCES", "open_workload"]
 
 SOURCES: dict[str, SourceKind] = {
     "azure_llm": azure_llm.KIND,
+    "azure_llm_week": azure_llm_week.KIND,
     "azure_lmm": azure_lmm.KIND,
     "bursty": bursty.KIND,
     "csv": table.KIND,

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +42,6 @@ from scipy.special import ndtr, ndtri
 
 from testbed.core.errors import SpecError
 from testbed.workloads.columns import (
-    CHUNK,
     Columns,
     Floats,
     Job,
@@ -51,6 +49,7 @@ from testbed.workloads.columns import (
     SourceKind,
     Streams,
 )
+from testbed.workloads.generate import ByMinute, minute_rates
 from testbed.workloads.images import image_counts, split_context
 from testbed.workloads.lengths import DATA, measured
 from testbed.workloads.playback import play
@@ -79,7 +78,7 @@ def open_source(job: Job) -> Source:
     """A trace file's rows if one is named, else rows made like them."""
     if not job.spec.trace:
         frac = job.spec.image_frac or IMAGE_FRAC
-        rows = _generated(_Week.of(job, frac), job)
+        rows = _generated(job, frac)
         return Source(_parted(rows, job.streams), text=frac < 1, images=True)
     if job.spec.image_frac:
         raise SpecError(
@@ -117,61 +116,31 @@ def _read(name: str) -> Columns:
     )
 
 
-@dataclass(frozen=True)
-class _Week:
-    """Rates of the five days: requests expected until each minute's start, and the image share."""
-
-    minute_s: Floats
-    expected: Floats
-    image_share: Floats
-
-    @classmethod
-    def of(cls, job: Job, image_frac: float) -> _Week:
-        with (DATA / "azure_lmm_2024_week.csv").open(encoding="utf-8", newline="") as file:
-            rows = [[float(value) for value in row] for row in list(csv.reader(file))[1:]]
-        t_s, image_low, image_high, text_low, text_high = np.array(rows).T
-        per_row = round((t_s[1] - t_s[0]) / 60)
-        rate = job.spec.rate_rps or RATE_RPS
-        image = _minutes(image_low, image_high, per_row, _IMAGE_SKEW, job.streams, "image_minutes")
-        text = _minutes(text_low, text_high, per_row, _TEXT_SKEW, job.streams, "text_minutes")
-        image *= rate * image_frac / image.mean()
-        text *= rate * (1 - image_frac) / text.mean()
-        expected: Floats = np.cumsum(np.append(0.0, (image + text) * 60.0))
-        minute_s = np.arange(0.0, 60.0 * len(expected), 60.0)
-        if job.spec.start_s >= minute_s[-1]:
-            raise SpecError(
-                f"run spec: workload.start_s = {job.spec.start_s:g} must be below "
-                f"{minute_s[-1]:g}, the length of the generated days in seconds"
-            )
-        return cls(minute_s, expected, image / (image + text))
+def _generated(job: Job, image_frac: float) -> Iterator[Columns]:
+    """Rows like those of the trace, with the true count of images."""
+    with (DATA / "azure_lmm_2024_week.csv").open(encoding="utf-8", newline="") as file:
+        rows = [[float(value) for value in row] for row in list(csv.reader(file))[1:]]
+    t_s, image_low, image_high, text_low, text_high = np.array(rows).T
+    per_row = round((t_s[1] - t_s[0]) / 60)
+    streams = job.streams
+    rate = job.spec.rate_rps or RATE_RPS
+    image = minute_rates(image_low, image_high, per_row, _IMAGE_SKEW, streams, "image_minutes")
+    text = minute_rates(text_low, text_high, per_row, _TEXT_SKEW, streams, "text_minutes")
+    image *= rate * image_frac / image.mean()
+    text *= rate * (1 - image_frac) / text.mean()
+    days = ByMinute(image + text, job.spec.start_s)
+    if job.spec.start_s >= days.minute_s[-1]:
+        raise SpecError(
+            f"run spec: workload.start_s = {job.spec.start_s:g} must be below "
+            f"{days.minute_s[-1]:g}, the length of the generated days in seconds"
+        )
+    return _played(days, image / (image + text), streams)
 
 
-def _minutes(
-    low: Floats, high: Floats, per_row: int, skew: float, streams: Streams, name: str
-) -> Floats:
-    low, high = np.repeat(low, per_row), np.repeat(high, per_row)
-    rates: Floats = low + (high - low) * streams.uniform(name, len(low)) ** skew
-    return rates
-
-
-def _generated(week: _Week, job: Job) -> Iterator[Columns]:
-    """Rows like those of the trace, with the true count of images.
-
-    Arrivals are those of a Poisson process of rate 1 in "requests expected so far", put back into
-    seconds.
-    """
-    start_s = job.spec.start_s
-    loop_s, loop = float(week.minute_s[-1]), float(week.expected[-1])
-    now = float(np.interp(start_s, week.minute_s, week.expected))
-    while True:
-        expected = now + np.cumsum(job.streams["arrivals"].standard_exponential(CHUNK))
-        now = float(expected[-1])
-        loops, rest = np.divmod(expected, loop)
-        day_s = np.interp(rest, week.expected, week.minute_s)
-        minute = np.minimum(day_s // 60.0, len(week.image_share) - 1).astype(np.int64)
-        has_images = job.streams.uniform("image_choice", CHUNK) < week.image_share[minute]
-        arrival_s = np.maximum(day_s + loops * loop_s - start_s, 0.0)
-        yield _rows(arrival_s, has_images, job.streams)
+def _played(days: ByMinute, image_share: Floats, streams: Streams) -> Iterator[Columns]:
+    for arrival_s, minute in days.arrivals(streams):
+        has_images = streams.uniform("image_choice", len(minute)) < image_share[minute]
+        yield _rows(arrival_s, has_images, streams)
 
 
 def _rows(arrival_s: Floats, has_images: NDArray[np.bool_], streams: Streams) -> Columns:

@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from testbed import rig
+from testbed.analysis.latency import token_times_s
+from testbed.core.errors import RecordingError
 from testbed.core.spec import parse_spec
 from testbed.policies.load import load_controller
 from testbed.recorder.reader import Recording
@@ -100,6 +102,47 @@ def test_lost_telemetry_does_not_break_the_cap(tmp_path):
     rows = columns(folder, "rows")
     settled = rows["t_s"] > 10.0
     assert (rows["draw_w"] > rows["budget_w"])[settled].mean() < 0.02
+
+
+def test_the_time_of_every_token_can_be_had_from_segments(tmp_path):
+    kept = Recording.open(run(tmp_path, "record.segments=true", "workload.rate_rps=40"))
+    requests = kept.columns("requests")
+    done = (requests["status"] == "completed") & (requests["preemptions"] == 0)
+    gaps_s = []
+    for row in np.flatnonzero(done):
+        times_s = token_times_s(kept, int(requests["request_id"][row]))
+        assert len(times_s) == requests["output_tokens"][row]
+        assert times_s[0] == requests["first_token_s"][row]
+        assert times_s[-1] == pytest.approx(requests["finished_s"][row], rel=1e-9)
+        gaps_s.append(np.diff(times_s))
+    # The very gaps that the histogram counts, but for those of requests that did not end.
+    counted = kept.columns("itl", "count")
+    assert 0.9 < len(np.concatenate(gaps_s)) / counted["count"].sum() <= 1.0
+    assert "segments.parquet" not in table_hashes(run(tmp_path))
+    with pytest.raises(RecordingError, match="was record"):
+        token_times_s(Recording.open(run(tmp_path)), int(requests["request_id"][done][0]))
+
+
+def test_thinned_recordings_count_everything(tmp_path):
+    whole, thinned = run(tmp_path), run(tmp_path, "record.requests_every=10")
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (thinned, whole))
+    for key in ("requests", "tokens", "goodput_rps", "energy_j"):
+        assert ours[key] == theirs[key]
+    for name in ("arrived", "completed", "slo_attained_frac"):
+        assert ours["classes"]["chat"][name] == theirs["classes"]["chat"][name]
+    kept, all_of_them = columns(thinned, "requests"), columns(whole, "requests")
+    assert (kept["request_id"] % 10 == 0).all()
+    assert len(kept["request_id"]) == (all_of_them["request_id"] % 10 == 0).sum()
+
+
+def test_samples_may_be_thinned(tmp_path):
+    folder = run(tmp_path, "record.instance_period_s=2.0", "record.itl_period_s=5.0")
+    t_s = np.unique(columns(folder, "instances")["t_s"])
+    assert np.diff(t_s).min() > 1.9
+    assert len(np.unique(columns(folder, "itl")["t_s"])) < 8
+    whole = run(tmp_path)
+    ours, theirs = (columns(f, "itl")["count"].sum() for f in (folder, whole))
+    assert ours == theirs
 
 
 def test_collapsing_iterations_changes_nothing(tmp_path):

@@ -96,7 +96,9 @@ def test_a_longer_run_begins_like_a_shorter_one(source, table):
     assert longer[: len(short)] == short
 
 
-@pytest.mark.parametrize("source", [name for name in SOURCES if name != "azure_lmm"])
+@pytest.mark.parametrize(
+    "source", [name for name in SOURCES if name not in ("azure_lmm", "azure_llm_week")]
+)
 @pytest.mark.parametrize("rate_rps", [0.5, 7.0, 300.0])
 def test_the_mean_rate_is_the_one_asked_for(source, rate_rps, table):
     # As long as the longest trace, or for 20,000 requests.
@@ -227,6 +229,29 @@ def test_generated_multimodal_requests_are_the_measured_ones():
     medians = [np.median(context[images == count]) for count in (1, 3, 5, 23)]
     assert medians == sorted(medians)
     assert medians[0] == pytest.approx(1000, rel=0.1)
+
+
+def test_week_of_llm_services_has_the_published_rates_and_lengths():
+    services = [ClassSpec(name="coding"), ClassSpec(name="conversation")]
+    requests = play(7 * 86_400.0, services, source="azure_llm_week", rate_rps=0.5)
+    assert len(requests) == pytest.approx(0.5 * 7 * 86_400, rel=0.01)
+    coding = np.array([request.slo_class == "coding" for request in requests])
+    assert coding.mean() == pytest.approx(1667 / (1667 + 2709), rel=0.02)
+    arrival_s = column(requests, "arrival_s")
+    day = (arrival_s[coding] // 86_400).astype(int)
+    per_day = np.bincount(day, minlength=7)
+    assert per_day[5:].max() < 0.6 * per_day[:5].min(), "nobody codes at weekends"
+    hour = (arrival_s[~coding] % 86_400 // 3600).astype(int)
+    per_hour = np.bincount(hour, minlength=24)
+    assert per_hour.max() > 1.5 * per_hour.min()
+    prompt, output = column(requests, "prompt_tokens"), column(requests, "output_tokens")
+    for mine, name in ((coding, "coding"), (~coding, "conversation")):
+        assert_measured(prompt[mine], f"week_{name}_prompt")
+        assert_measured(output[mine], f"week_{name}_output")
+    # The second reading of the same plots, from the publisher's quantiles.
+    assert np.quantile(prompt[coding], 0.5) == pytest.approx(1903, rel=0.03)
+    assert np.quantile(prompt[~coding], 0.9) == pytest.approx(3743, rel=0.04)
+    assert np.quantile(output[~coding], 0.9) == pytest.approx(328, rel=0.06)
 
 
 def test_the_image_share_of_generated_multimodal_requests_can_be_set():
@@ -550,7 +575,7 @@ def test_a_multimodal_file_with_plain_counts_is_refused(write):
         ({"source": "azure_lmm", "output_tokens": 5.0}, "workload.output_tokens = 5.0 must be"),
         ({"source": "long_context", "burst_cv": 1.0}, "workload.burst_cv = 1.0 must be left out"),
         ({"source": "csv"}, "workload.trace = '' must name a CSV file"),
-        ({"source": "csvv"}, "workload.source = 'csvv' must be one of azure_llm, azure_lmm"),
+        ({"source": "csvv"}, "workload.source = 'csvv' must be one of azure_llm, azure_llm_week"),
         ({"source": "azure_llm", "start_s": 1e6}, "workload.start_s = 1e.06 must be at most 2399"),
         ({"source": "azure_lmm", "start_s": 432e3}, "workload.start_s = 432000 must be below"),
         ({"source": "poisson", "prompt_tokens": 2e5}, "prompt_tokens = 200000 must be from 1 to"),

@@ -38,7 +38,7 @@ from testbed.policies import (
     Squash,
     View,
 )
-from testbed.policies.dynamollm.capacity import COUNTS, Capacity, Card, Shapes, Slack
+from testbed.policies.dynamollm.capacity import COUNTS, STEPS, Capacity, Card, Shapes, Slack
 from testbed.policies.dynamollm.classes import ALL, CLASSES, MIXES, Predictor, larger
 from testbed.policies.dynamollm.cluster import Mix, nodes_for, spread
 from testbed.policies.dynamollm.forecast import Forecast
@@ -48,8 +48,6 @@ from testbed.policies.serving_profile import ServingProfile, Sweep
 
 _MEMORY_S = 10.0
 """Over how long the router remembers what it sent to an instance."""
-_FULLER = 1.1
-"""How far above its planned load the router fills an instance before it looks elsewhere."""
 _LAST = COUNTS - 1
 _EMPTY: tuple[str, Shape] = ("", ())
 """A node without a pool."""
@@ -78,6 +76,9 @@ class _Entry:
     """Load up to which it is to be filled, in nodes."""
     top: Card
     """Its card at the highest clock."""
+    added_w: list[float]
+    """Power that another node's worth of load would add, in steps of load."""
+    steps_per_load: float
 
 
 class DynamoLLM:
@@ -222,7 +223,7 @@ class DynamoLLM:
                 sent = self._sent_load(slot, now_s) + weight
                 load = max(card.load[count], sent)
                 if self.saving and load <= entry.fill:
-                    slope_w = card.slope_at_w(load)
+                    slope_w = entry.added_w[min(STEPS - 1, int(load * entry.steps_per_load))]
                     if slope_w < least_w:
                         best, least_w = slot, slope_w
                 elif best < 0:
@@ -346,7 +347,7 @@ class DynamoLLM:
         nodes = {name: len(pool.nodes) for name, pool in self._pools.items()}
         mixes = spread(load, nodes, self._capacity.most_of)
         allowed = self._capacity.profile.tps if self.sharding else (self._gpus_per_node,)
-        use_all = not (self.instances and self.sharding)
+        use_all = not self.sharding
         for name, mix in mixes.items():
             pool = self._pools[name]
             pool.shapes = self._capacity.of(name, mix)
@@ -453,8 +454,14 @@ class DynamoLLM:
             fill = card.most
             if kind is not None:
                 planned[pool.name].remove(kind)
-                fill = min(fill, _FULLER * kind.load)
-            routes[pool.name].append(_Entry(slot, card, fill, top))
+                fill = min(fill, kind.load)
+            most = pool.shapes.most[place]
+            if self.frequency:
+                added_w, most_load = pool.shapes.added_w(place), float(most.max())
+            else:
+                added_w, most_load = top.slope_w, float(most[-1])
+            steps = (STEPS - 1) / max(most_load, 1e-9)
+            routes[pool.name].append(_Entry(slot, card, fill, top, added_w, steps))
         self._routes = routes
         return self._set_clocks(clocks) + self._climb(trouble)
 

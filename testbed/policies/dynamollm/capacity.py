@@ -80,7 +80,7 @@ class Capacity:
         node_rps = np.array([self._node_of[name] for name in parts])
         limits = self._limits[index] / np.maximum(node_rps, 1e-9)[:, None, None]
         with np.errstate(divide="ignore"):
-            most = 1.0 / (weight[:, None, None] / limits).sum(axis=0)
+            most = np.nan_to_num(1.0 / (weight[:, None, None] / limits).sum(axis=0), posinf=0.0)
         power_w, running = np.zeros((2, *most.shape, STEPS))
         for tp, clock in np.ndindex(most.shape):
             at = _GRID * most[tp, clock]
@@ -140,6 +140,22 @@ class Shapes:
         clock = self.clock_for(tp, load) if free_clock else top
         return self._power(tp, clock, load) if self.most[tp, clock] >= load else np.inf
 
+    def added_w(self, tp: int) -> list[float]:
+        """Power that another node's worth of load adds, over loads up to the most, at best clocks.
+
+        The instance manager will follow the load, so the router looks at the clock that it will
+        choose and not at the one that holds.
+        """
+        if tp not in self._added:
+            loads = _GRID * float(self.most[tp].max())
+            powers = [self.least_power_w(tp, load, free_clock=True) for load in loads.tolist()]
+            self._added[tp] = np.gradient(powers, loads).tolist()
+        return self._added[tp]
+
+    @cached_property
+    def _added(self) -> dict[int, list[float]]:
+        return {}
+
     def card(self, tp: int, clock: int) -> Card:
         """What the router looks things up in."""
         key = (tp, clock)
@@ -178,7 +194,3 @@ class Card:
     """Power that another node's worth of load would add, over shares of ``most``."""
     most: float
     """Highest load within the limits."""
-
-    def slope_at_w(self, load: float) -> float:
-        """Power that another node's worth of load would add at a load up to ``most``."""
-        return self.slope_w[min(STEPS - 1, int(load / self.most * (STEPS - 1)))]
