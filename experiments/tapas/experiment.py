@@ -68,19 +68,17 @@ def cases(options: Options) -> list[Case]:
     arms = ["baseline", "place", "route", "config", TAPAS] if quick else ARMS
     day = {"until_s": 86_400.0, "dt_s": step_s}
     add("day", [*arms, *PEERS], seeds, oversubscription=0.0, **day)
+    singles = [] if quick else ["place", "route", "config", "polca"]
     for level in [0.2, 0.3, CROWDED, 0.5] if quick else LEVELS:
-        all_arms = level == CROWDED
-        some = [*arms, *PEERS] if all_arms else ["baseline", TAPAS]
-        if not quick and not all_arms:
-            some += ["place", "route", "config", *PEERS]
+        some = [*arms, *PEERS] if level == CROWDED else ["baseline", TAPAS, *singles]
         add(f"day +{level:.0%}", some, seeds, oversubscription=level, **day)
     hour = {"until_s": 2400.0, "dt_s": 5.0, "peak": True}
     for kind, level in FAILURES.items():
-        levels = [level] if quick else sorted({0.0, 0.1, 0.2, 0.3, 0.4})
-        for extra in levels:
-            some = ["baseline", TAPAS, "none", "polca"]
-            some += ["place", "route", "config"] if extra == level and not quick else []
-            add(f"{kind} +{extra:.0%}", some, seeds, oversubscription=extra, failure=kind, **hour)
+        some = ["baseline", TAPAS, "none", "polca", *singles[:3]]
+        add(f"{kind} +{level:.0%}", some, seeds, oversubscription=level, failure=kind, **hour)
+        for extra in [] if quick else [x for x in (0.0, 0.2, 0.3, 0.4) if x != level]:
+            add(f"{kind} +{extra:.0%}", ["baseline", TAPAS], seeds[:3],
+                oversubscription=extra, failure=kind, **hour)  # fmt: skip
     # A UPS that stays out, with so many servers that only a cap keeps the others from following.
     add(
         SAFETY,
