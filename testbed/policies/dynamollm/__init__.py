@@ -49,6 +49,8 @@ from testbed.policies.serving_profile import ServingProfile, Sweep
 _MEMORY_S = 10.0
 """Over how long the router remembers what it sent to an instance."""
 _LAST = COUNTS - 1
+_GRAIN = 0.02
+"""Loads are planned for in steps of this, rounded up, so that plans can be used again."""
 _EMPTY: tuple[str, Shape] = ("", ())
 """A node without a pool."""
 _SHORT_STEPS = 12
@@ -160,6 +162,7 @@ class DynamoLLM:
         self._routes: dict[str, list[_Entry]] = {}
         self._trouble: dict[int, int] = {}
         self._locked: dict[int, float] = {}
+        self._plans: dict[tuple[Shapes, int, float], list[Kind]] = {}
 
     def learn(self, profile: ServingProfile) -> None:
         """Take the profile that plans are made with."""
@@ -343,21 +346,21 @@ class DynamoLLM:
         rps = self._forecast.usual_rps(now_s, now_s + self.pool_period_s)
         for span_s in (self.pool_period_s, _SHORT_STEPS * self.period_s):
             rps = np.maximum(rps, self._forecast.recent_rps(span_s))
-        load = self._in_nodes(rps * (1.0 + self.headroom_frac))
+        loads = self._in_nodes(rps * (1.0 + self.headroom_frac))
         nodes = {name: len(pool.nodes) for name, pool in self._pools.items()}
-        mixes = spread(load, nodes, self._capacity.most_of)
+        mixes = spread(loads, nodes, self._capacity.most_of)
         allowed = self._capacity.profile.tps if self.sharding else (self._gpus_per_node,)
         use_all = not self.sharding
         for name, mix in mixes.items():
             pool = self._pools[name]
             pool.shapes = self._capacity.of(name, mix)
-            pool.planned = plan(
-                kinds_of(pool.shapes, allowed, free_clock=self.frequency),
-                len(pool.nodes) * self._gpus_per_node,
-                sum(mix.values()),
-                use_all=use_all,
-                empty_w=self.empty_w,
-            )
+            gpus = len(pool.nodes) * self._gpus_per_node
+            load = math.ceil(sum(mix.values()) / _GRAIN) * _GRAIN
+            key = (pool.shapes, gpus, load)
+            if key not in self._plans:
+                kinds = kinds_of(pool.shapes, allowed, free_clock=self.frequency)
+                self._plans[key] = plan(kinds, gpus, load, use_all=use_all, empty_w=self.empty_w)
+            pool.planned = self._plans[key]
             before = {node: self._want[node][1] for node in pool.nodes}
             tps = [kind.tp for kind in pool.planned]
             shapes = fit(tps, before, pool.nodes, gpus_per_node=self._gpus_per_node)

@@ -10,6 +10,7 @@ foreign, and power the mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,10 @@ from testbed.policies.serving_profile import ServingProfile
 
 STEPS = 48
 """Loads that a shape's tables hold values at."""
+
+
+_PARTS = 10
+"""Shares of foreign load are rounded up to so many parts, so that few mixes are worked out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Capacity:
             if share > 0 and not self.node_rps[name]:
                 raise ValueError(f"class {name!r} cannot meet its limits on {profile.tps[-1]} GPUs")
         self._limits = limits
+        self._shapes: dict[tuple[tuple[str, float], ...], Shapes] = {}
         self._node_of = dict(self.node_rps)
         """Requests per second that are one node's worth of load, of mixes too."""
         for name, members in MIXES:
@@ -73,8 +79,15 @@ class Capacity:
             foreign = 1.0 - mix.get(pool, 0.0) / total if total else 0.0
             usual = self._foreign(pool)
             mixed = min(1.0, foreign / usual) if usual else 0.0
+            mixed = math.ceil(mixed * _PARTS) / _PARTS
             parts = {pool: 1.0 - mixed, mix_of(pool): mixed}
             parts = {name: part for name, part in parts.items() if part > 0}
+        key = tuple(parts.items())
+        if key not in self._shapes:
+            self._shapes[key] = self._make(parts)
+        return self._shapes[key]
+
+    def _make(self, parts: Mapping[str, float]) -> Shapes:
         index = [self.profile.classes.index(name) for name in parts]
         weight = np.array(list(parts.values()))
         node_rps = np.array([self._node_of[name] for name in parts])
@@ -105,7 +118,7 @@ class Capacity:
         return 1.0 - loads.get(pool, 0.0) / total if total else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shapes:
     """Each shape and clock for one mix: ``[tp, clock]``, with tables over shares of ``most``."""
 
@@ -148,8 +161,12 @@ class Shapes:
         """
         if tp not in self._added:
             loads = _GRID * float(self.most[tp].max())
+            # Rounding may put the last load a hair beyond the most.
+            loads[-1] *= 1.0 - 1e-9
             powers = [self.least_power_w(tp, load, free_clock=True) for load in loads.tolist()]
-            self._added[tp] = np.gradient(powers, loads).tolist()
+            usable = loads[-1] > 0 and np.isfinite(powers).all()
+            slope_w = np.gradient(powers, loads) if usable else np.full(STEPS, np.inf)
+            self._added[tp] = slope_w.tolist()
         return self._added[tp]
 
     @cached_property

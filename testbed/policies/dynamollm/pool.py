@@ -100,7 +100,7 @@ def _solve(
 
 
 def _greedy(kinds: list[Kind], gpus: int, load: float) -> list[int]:
-    """Instances one by one, the fewest watts per load first, until the load fits or GPUs run out.
+    """Instances one by one, the fewest watts per load served first, until all of it is served.
 
     Where the GPUs do not suffice, those that serve the most per GPU.
 
@@ -115,11 +115,12 @@ def _greedy(kinds: list[Kind], gpus: int, load: float) -> list[int]:
         return counts
     densest = max(able, key=lambda k: kinds[k].load / kinds[k].tp)
     enough = gpus // kinds[densest].tp * kinds[densest].load >= load
-    by_cost = sorted(able, key=lambda k: kinds[k].power_w / kinds[k].load)
     left, room = load, gpus
-    while room > 0:
-        fits = [k for k in by_cost if kinds[k].tp <= room]
-        if not fits or (enough and left <= 0):
+    while room > 0 and not (enough and left <= 0):
+        need = max(left, 1e-9)
+        fits = [k for k in able if kinds[k].tp <= room]
+        fits.sort(key=lambda k: kinds[k].power_w / min(kinds[k].load, need))
+        if not fits:
             break
         # The cheapest, as long as the rest could still be served; else the densest.
         chosen = next(
