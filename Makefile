@@ -31,9 +31,14 @@ check: $(VENV)/.ready
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m 'not live and not real_memory'
 
-## make bench               how fast the engine is, at several sizes
+## make bench               speed: sizes, NVIDIA Dynamo's replay beside ours, recorder, growth
 bench: $(VENV)/.ready
-	for n in 1 8 100 1000; do $(BIN)/testbed bench engine --instances $$n --requests 20000 --json; done
+	$(BIN)/testbed bench sizes --scale 0.3
+	$(BIN)/testbed bench dynamo
+	$(BIN)/testbed bench dynamo --instances 1000 --requests 20000 --rate 6450
+	$(BIN)/testbed bench recorder
+	@mkdir -p runs
+	$(BIN)/testbed bench growth --figure runs/growth.svg
 
 ## make fidelity            error tables against measured data, and runs/fidelity.html
 fidelity: $(VENV)/.ready

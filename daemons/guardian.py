@@ -71,16 +71,32 @@ def _remove_swap(device: str) -> None:
             time.sleep(0.1)
 
 
-def start() -> subprocess.Popen[str]:
-    """A guardian for this process, in a session of its own so that it is not killed with us."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "daemons.guardian"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+class Guardian:
+    """The guardian of this process, in a session of its own so that it is not killed with us."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "daemons.guardian"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    def tell(self, line: str) -> None:
+        """Say what there will be to clean."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def dismiss(self) -> None:
+        """All is cleaned up already."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.tell("done")
+            self._process.stdin.close()
+        self._process.wait(timeout=10)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from testbed.core.messages import (
     NodeConfig,
     Progress,
     Refused,
-    Report,
     Returned,
     Stop,
     Submit,
@@ -34,11 +33,12 @@ from testbed.core.messages import (
     TenantReadings,
     Tune,
     Welcome,
+    report,
 )
 
 Send = Callable[[Body, float], bool]
 
-_NO_TENANTS = TenantReadings([], [], [], [], [], [], [], [], [])
+_NO_TENANTS = TenantReadings.empty()
 
 
 _PAGE_WORK_TOUCHES = 20.0
@@ -56,7 +56,7 @@ def preprocess_slowdown(tenants: TenantReadings) -> float:
     >>> preprocess_slowdown(_NO_TENANTS)
     1.0
     """
-    if not tenants.slowdown_frac:
+    if not len(tenants):
         return 1.0
     waits = [min(lost, 0.95) / (1.0 - min(lost, 0.95)) for lost in tenants.slowdown_frac]
     return 1.0 + sum(waits) / len(waits) / _PAGE_WORK_TOUCHES
@@ -221,15 +221,15 @@ class NodeDaemon:
             self._serving.preprocess_slowdown = preprocess_slowdown(tenants)
         self._report_progress(now_s)
         self._send(
-            Report(
+            report(
                 self._gpus.read(),
                 self._serving.read(now_s),
                 tenants,
-                self._guard.epoch,
-                self._guard.sequence,
-                self._guard.drift_total,
-                late_s,
-                self._serving.slots(),
+                lease_epoch=self._guard.epoch,
+                lease_sequence=self._guard.sequence,
+                drift_total=self._guard.drift_total,
+                late_s=late_s,
+                slots=self._serving.slots(),
             ),
             now_s,
         )

@@ -10,6 +10,7 @@ set, and how much of its memory is locked.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -43,7 +44,10 @@ def main() -> None:
     total_bytes, guaranteed_bytes, stats_path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     stats = mmap.mmap(os.open(stats_path, os.O_RDWR), STATS.size)
     pages = total_bytes // PAGE
-    arena = mmap.mmap(-1, pages * PAGE)
+    # Private, for of shared memory nothing can be given back; in small pages, as all is counted in.
+    arena = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        arena.madvise(mmap.MADV_NOHUGEPAGE)
     rng = random.Random(os.getpid())
     own = min(guaranteed_bytes // PAGE, pages)
     filled = working = 0

@@ -8,10 +8,11 @@ The guaranteed part is locked in memory by its process and protected by its grou
 where cgroups are v2), so that neither its own limit nor another tenant takes it.
 
 Safety, as production outages taught it: no oversubscription where nothing can absorb it (no swap,
-looked at again every second: if it vanishes, what was taken is given back); writes of limits, which
-block while the kernel reclaims, happen in a thread; a tenant that thrashes is frozen first and
-decided about then (its limit is given back before it is thawed); a group that waits at its limit
-for memory is freed; and a guardian process cleans up if this one is killed.
+looked at again every second: if it vanishes, what was taken is given back, and swap is made if that
+is permitted); writes of limits, which block while the kernel reclaims, happen in a thread; a tenant
+that thrashes is frozen first and decided about then (its limit is given back before it is thawed);
+a group that waits at its limit for memory is freed; and a guardian process cleans up if this one is
+killed.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from pathlib import Path
 
 import numpy as np
 
-from daemons import guardian
 from daemons.devices import cgroup
 from daemons.devices.zram import make_zram, remove_zram, swap_bytes
+from daemons.guardian import Guardian
 from daemons.tenant_child import STATS
 from testbed.core.errors import DeviceError, TraceError
 from testbed.core.messages import TenantInfo, TenantReadings
@@ -202,7 +203,8 @@ class TenantHost:
     ) -> None:
         self.plan = plan
         self._log = log
-        self._device = ""
+        self._swap_mib = swap_mib
+        self._devices: list[str] = []
         self._pool = ThreadPoolExecutor(max_workers=max(1, plan.count), thread_name_prefix="limit")
         self._pending: dict[int, Future[None]] = {}
         self._wanted: dict[int, int] = {}
@@ -212,13 +214,11 @@ class TenantHost:
         self.frozen_total = 0
         self._closed = False
         self._cgroups = cgroup.open_cgroups(root, parent=name)
-        self._guardian = guardian.start()
-        self._tell(f"cgroup {name}")
+        self._guardian = Guardian()
+        self._guardian.tell(f"cgroup {name}")
         try:
             if swap_bytes()[0] == 0 and swap_mib > 0:
-                self._device = make_zram(int(swap_mib * 2**20))
-                self._tell(f"swap {self._device}")
-                log(f"made {swap_mib:g} MiB of swap on {self._device}")
+                self._make_swap()
             if swap_bytes()[0] == 0:
                 raise DeviceError(
                     "oversubscribing memory needs swap to absorb it: there is none, and "
@@ -235,10 +235,11 @@ class TenantHost:
             self.close()
             raise
 
-    def _tell(self, line: str) -> None:
-        assert self._guardian.stdin is not None
-        self._guardian.stdin.write(line + "\n")
-        self._guardian.stdin.flush()
+    def _make_swap(self) -> None:
+        device = make_zram(int(self._swap_mib * 2**20))
+        self._devices.append(device)
+        self._guardian.tell(f"swap {device}")
+        self._log(f"made {self._swap_mib:g} MiB of swap on {device}")
 
     def infos(self) -> list[TenantInfo]:
         """Names and sizes."""
@@ -305,9 +306,11 @@ class TenantHost:
         if absorbed:
             self._log("swap is back: limits are obeyed again")
             return
-        self._log("swap is gone: tenants get all their memory back, and keep it")
+        self._log("swap is gone: tenants get all their memory back until there is some again")
         for index in range(len(self._tenants)):
             self.set_limit(index, self.plan.memory_bytes)
+        if self._swap_mib:  # it was another's, or was taken from us
+            self._pool.submit(self._make_swap)
 
     def _collect(self, index: int) -> None:
         """Take note of a limit that could not be set, and start the next wish."""
@@ -362,13 +365,9 @@ class TenantHost:
             tenant.end()
         self._tenants.clear()
         self._cgroups.close()
-        if self._device:
+        for device in self._devices:
             try:
-                remove_zram(self._device)
+                remove_zram(device)
             except DeviceError as error:
                 self._log(str(error))
-        if self._guardian.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._tell("done")
-                self._guardian.stdin.close()
-        self._guardian.wait(timeout=10)
+        self._guardian.dismiss()

@@ -263,14 +263,12 @@ class Elastic:
 
     def by_slot(self, readings: InstanceReadings) -> InstanceReadings:
         """Readings of engines as readings of slots; totals go on counting from one to the next."""
-        columns: dict[str, list[float]] = {}
-        before = dict(zip(_TOTALS, self._before.tolist(), strict=True))
-        for name in readings.__struct_fields__:
-            column: list[float] = list(before.get(name, [0] * self._num_gpus))
-            for number, value in zip(self._serving.numbers, getattr(readings, name), strict=True):
-                column[number] += value
-            columns[name] = column
-        return InstanceReadings(**columns)  # type: ignore[arg-type]
+        slots = np.zeros(self._num_gpus, InstanceReadings.layout)
+        for name, before in zip(_TOTALS, self._before, strict=True):
+            slots[name] = before
+        for name in InstanceReadings.names:
+            np.add.at(slots[name], self._serving.numbers, readings.records[name])
+        return InstanceReadings.of(slots)
 
 
 _TOTALS = ("prompt_tokens_total", "output_tokens_total", "preemptions_total")

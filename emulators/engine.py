@@ -35,7 +35,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Iterator
-from typing import ClassVar, Final, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -103,6 +103,8 @@ class Cost(Protocol):
     bytes_per_context_token: float
     flops_per_pair: float
     bytes_per_pair: float
+    decode_tables: dict[float, dict[int, tuple[float, float, float]]]
+    """For engines to keep what they asked for: by clock, then by decoding sequences."""
 
     def base_s(
         self,
@@ -323,6 +325,22 @@ class _Block:
             + iterations * self.first_s
             + 0.5 * self.growth_s * iterations * (iterations - 1)
         )
+
+
+_SEQUENCE_FIELDS: Final = (
+    "id", "prompt", "output", "images", "tiles", "arrival_s", "ttft_s", "to_prefill", "prefilled",
+    "emitted", "start", "end", "kv_start", "last_token_s", "preemptions",
+)  # fmt: skip
+_BLOCK_FIELDS: Final = (
+    "t_start_s", "t_end_s", "iterations", "first_s", "growth_s", "num_seqs", "context",
+    "prefill_tokens", "encode_s", "flops_first", "flops_growth", "bytes_first", "bytes_growth",
+    "clock_frac",
+)  # fmt: skip
+_ENGINE_FIELDS: Final = (
+    "now_s", "preprocess_slowdown", "prompt_tokens_total", "preemptions_total", "_workers",
+    "_by_deadline", "_decodes", "_num_decoding", "_kv_tokens", "_residues", "_free",
+    "_output_total", "_encode_s", "_prefill_s", "_decode_s", "_flops", "_hbm_bytes",
+)  # fmt: skip
 
 
 class Engine:
@@ -653,6 +671,73 @@ class Engine:
         self._free = self.kv_blocks
         return ids
 
+    # All of it, to be kept and put back.
+
+    def save(self) -> dict[str, Any]:
+        """The state as plain data; `restore` gives it to an engine made alike."""
+        order: dict[int, _Sequence] = {}
+        for _, _, sequence in self._preparing:
+            order[sequence.id] = sequence
+        for sequence in self._waiting:
+            order[sequence.id] = sequence
+        order.update(self._running)
+        block = self._block
+        return {
+            "sequences": [
+                [getattr(each, name) for name in _SEQUENCE_FIELDS] for each in order.values()
+            ],
+            "preparing": [(ready_s, each.id) for ready_s, _, each in self._preparing],
+            "waiting": [each.id for each in self._waiting],
+            "running": list(self._running),
+            "prefilling": [each.id for each in self._prefilling],
+            # Entries of sequences preempted since would be passed over.
+            "ends": [
+                (end, each.id) for end, _, count, each in self._ends if count == each.preemptions
+            ],
+            "block": None if block is None else [getattr(block, name) for name in _BLOCK_FIELDS],
+            "chunks": [] if block is None else [(each.id, take) for each, take in block.chunks],
+            "tiles": [] if block is None else [(each.id, count) for each, count in block.tiles],
+            "gaps": self.itl.counts,
+            "events": [tuple(event) for event in self.events],
+            "segments": [tuple(segment) for segment in self.segments],
+            "max_num_seqs": self.config.max_num_seqs,
+            "clock_frac": self.clock_frac,
+            "plain": [getattr(self, name) for name in _ENGINE_FIELDS],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be what `save` saw."""
+        sequences: dict[int, _Sequence] = {}
+        for values in state["sequences"]:
+            sequence = _Sequence(values[0], 1, 1, 0, 0.0, 0.0)
+            for name, value in zip(_SEQUENCE_FIELDS, values):  # noqa: B905
+                setattr(sequence, name, value)
+            sequences[sequence.id] = sequence
+        self.config = msgspec.structs.replace(self.config, max_num_seqs=state["max_num_seqs"])
+        self._set_clock(state["clock_frac"])
+        for name, value in zip(_ENGINE_FIELDS, state["plain"]):  # noqa: B905
+            setattr(self, name, value)
+        self._preparing = [(ready_s, each, sequences[each]) for ready_s, each in state["preparing"]]
+        self._waiting = deque([sequences[each] for each in state["waiting"]])
+        self._running = {each: sequences[each] for each in state["running"]}
+        self._prefilling = deque([sequences[each] for each in state["prefilling"]])
+        self._ends = [
+            (end, each, sequences[each].preemptions, sequences[each]) for end, each in state["ends"]
+        ]
+        heapq.heapify(self._ends)
+        self.itl.counts = state["gaps"]
+        self.events = [Event(*event) for event in state["events"]]
+        self.segments = [Segment(*segment) for segment in state["segments"]]
+        self._block = None
+        if state["block"] is not None:
+            block = _Block()
+            for name, value in zip(_BLOCK_FIELDS, state["block"]):  # noqa: B905
+                setattr(block, name, value)
+            block.chunks = [(sequences[each], take) for each, take in state["chunks"]]
+            block.tiles = [(sequences[each], count) for each, count in state["tiles"]]
+            block.seen_s = -1.0
+            self._block = block
+
     # Arrival.
 
     def _prepare(self, num_images: int, t_s: float) -> float:
@@ -716,8 +801,12 @@ class Engine:
         self._per_context_s = self._cost.per_context_token_s(clock_frac)
         self._per_context_mixed_s = self._cost.per_context_token_mixed_s(clock_frac)
         self._per_pair_s = self._cost.per_pair_s(clock_frac)
-        # Time, operations and bytes of pure decoding by batch size, at this clock.
-        self._decode_base: dict[int, tuple[float, float, float]] = {}
+        # Time, operations and bytes of pure decoding by batch size, at this clock. Engines alike
+        # share them: a thousand tables of one's own would not stay in a processor's cache.
+        tables = self._cost.decode_tables
+        if clock_frac not in tables:
+            tables[clock_frac] = {}
+        self._decode_base: dict[int, tuple[float, float, float]] = tables[clock_frac]
 
     # KV blocks.
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,13 @@ _THERMAL_STEP_PER_S = 0.25
 """How fast thermal slowdown lowers the clock, as a share per second (assumed)."""
 _COOL_C = 3.0
 """Degrees under the threshold at which thermal slowdown lets go (assumed)."""
+
+
+_STATE = (
+    "clock_frac", "power_w", "demand_w", "enforced_w", "energy_j", "unloaded_w", "_copies",
+    "_smooth_w", "_thermal_frac", "_history", "_time_s",
+)  # fmt: skip
+"""What changes of a bank, beside what NVML shows and its heat."""
 
 
 class GpuBank:
@@ -273,6 +281,24 @@ class GpuBank:
         """A GPU falls off the bus: from now on every call on it returns an error."""
         with self.state.writing():
             self.state.measured["lost"][gpu] = 1
+
+    def save(self) -> dict[str, Any]:
+        """The state as plain data; `restore` gives it to a bank made alike."""
+        kept = {name: getattr(self, name) for name in _STATE}
+        kept["thermal"] = self.thermal.save()
+        kept["measured"] = self.state.measured
+        kept["control"] = self.state.control
+        return kept
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Be what `save` saw."""
+        for name in _STATE:
+            setattr(self, name, kept[name])
+        self.thermal.restore(kept["thermal"])
+        with self.state.writing():
+            for name in ("measured", "control"):
+                part = getattr(self.state, name)
+                part[:] = kept[name].view(part.dtype)
 
     def load(self, gpu: int, *, pid: int, used_bytes: int) -> None:
         """A process takes memory on a GPU.

@@ -226,6 +226,7 @@ def awake_experts(moe: Moe, tokens: Any, experts: Any, active: Any) -> Any:
 def moe_s(
     moe: Moe, chip: Chip, tokens: Any, hidden: Any, ffn: Any, experts: Any, active: Any, *,
     tp: Any = 1, ep: Any = 1, weight_bytes: float = 2.0, speed: float = 1.0, x: float = 1.0,
+    woken: Any = None,
 ) -> Any:  # fmt: skip
     """Seconds of the experts of one layer, split ``tp`` ways in width and ``ep`` ways in number.
 
@@ -236,10 +237,13 @@ def moe_s(
         experts, active: in all, and per token.
         tp, ep: how they are split.
         weight_bytes, speed, x: as for `gemm_s`.
+        woken: how many experts take part, where that is known.
     """
     width = ffn / tp
     share = ep ** (moe.hot - 1.0)
-    awake = np.minimum(awake_experts(moe, tokens, experts, active) * share, experts / ep)
+    if woken is None:
+        woken = awake_experts(moe, tokens, experts, active)
+    awake = np.minimum(woken * share, experts / ep)
     rows = tokens * active * share
     weights = 3.0 * hidden * width * weight_bytes * awake
     activations = 2.0 * moe.traffic * (tokens * hidden + rows * (hidden + 3.0 * width))

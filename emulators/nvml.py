@@ -185,8 +185,8 @@ class EmulatedNvml:
             domain=0,
             bus=handle.index,
             device=0,
-            pciDeviceId=0x233010DE,
-            pciSubSystemId=0x16C110DE,
+            pciDeviceId=0x10DE,
+            pciSubSystemId=0x10DE,
             busId=bus_id,
         )
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from emulators.elastic import Elastic
@@ -470,8 +469,7 @@ class NodeGpus:
 
     def read(self) -> GpuReadings:
         """All readings now, rounded as NVML rounds them."""
-        columns = gpu_columns(self._state)
-        return GpuReadings(**{name: column.tolist() for name, column in columns.items()})
+        return GpuReadings(**gpu_columns(self._state))
 
     def power_limits_w(self) -> list[float]:
         """The limits asked for last."""
@@ -532,6 +530,8 @@ class ServerBank:
         self._left = np.zeros((3, bank.count))
         """What engines that left since the last tick had done since the one before, per GPU."""
         self._asked: list[int] = []
+        self._unread: set[int] = set()
+        """Engines that were asked in a tick since `read_instances`."""
         self._readings: dict[str, Any] = {}
         self._opaque_frac = np.zeros(bank.count)
         self._t_s = 0.0
@@ -580,6 +580,7 @@ class ServerBank:
         for index, engine in enumerate(roster.engines):
             if id(engine) in before:
                 self._totals[:, index] = before[id(engine)]
+        self._unread.clear()  # all are awake, and asked by the next tick
         self._clock_frac = np.array([engine.clock_frac for engine in roster.engines])
         self._readings = {
             "num_running": np.zeros(count, np.int64),
@@ -654,6 +655,7 @@ class ServerBank:
                 engine.advance_to(t_s)
             encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
             rows.append((encode_s + prefill_s + decode_s, flops, hbm_bytes))
+        self._unread.update(asked)
         done = self._totals.copy()
         if asked:
             done[:, asked] = np.array(rows).T
@@ -677,17 +679,59 @@ class ServerBank:
                 events, engine.events = engine.events, []
                 yield index, events
 
+    def save(self) -> dict[str, Any]:
+        """The state of engines and GPUs as plain data; `restore` gives it to a bank made alike."""
+        self._refresh()
+        return {
+            "bank": self.bank.save(),
+            "engines": [engine.save() for engine in self._roster.engines],
+            "awake": self._roster.awake,
+            "asked": self._asked,
+            "unread": self._unread,
+            "totals": self._totals,
+            "clock_frac": self._clock_frac,
+            "readings": self._readings,
+            "t_s": self._t_s,
+            "faults": self._faults,
+            "lost": self._lost,
+            "nodes": [(serving.dead, serving.preprocess_slowdown) for serving in self.serving],
+        }
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Be what `save` saw."""
+        self._refresh()
+        self.bank.restore(kept["bank"])
+        for engine, state in zip(self._roster.engines, kept["engines"], strict=True):
+            engine.restore(state)
+        for serving, (dead, slowdown) in zip(self.serving, kept["nodes"], strict=True):
+            serving.dead, serving.preprocess_slowdown = dead, slowdown
+        self._asked = kept["asked"]
+        self._unread = kept["unread"]
+        self._totals = kept["totals"]
+        self._clock_frac = kept["clock_frac"]
+        self._readings = kept["readings"]
+        self._t_s = kept["t_s"]
+        self._faults = kept["faults"]
+        self._lost = kept["lost"]
+        self._roster.awake.clear()
+        self._roster.awake.update(kept["awake"])
+        farm = self.farm()
+        for index in range(len(self._roster.engines)):
+            farm.rearm(index)
+
     def read_gpus(self) -> dict[str, Any]:
         """Readings of all GPUs, see `gpu_columns`."""
         return gpu_columns(self.bank.state)
 
     def read_instances(self, t_s: float) -> dict[str, Any]:
         """Readings of all engines by `InstanceReadings`' names, at the time of the last tick."""
-        asked = self._asked
-        if asked:
-            engines = [self._roster.engines[index] for index in asked]
-            for name, values in msgspec.structs.asdict(readings_of(engines, t_s)).items():
-                self._readings[name][asked] = values
+        changed = sorted(self._unread)
+        self._unread.clear()
+        if changed:
+            engines = [self._roster.engines[index] for index in changed]
+            read = readings_of(engines, t_s)
+            for name, values in zip(read.names, read.values(), strict=True):
+                self._readings[name][changed] = values
         return self._readings
 
     def drain_gaps(self) -> list[tuple[int, int, int]]:

@@ -38,9 +38,7 @@ HEADER = np.dtype(
         ("num_gpus", "<u4"),
         ("sequence", "<u8"),  # odd while the emulator writes
         ("heartbeat_ns", "<u8"),  # CLOCK_MONOTONIC of the last write
-        ("boot_id", "S40"),  # the clock above is this boot's
-        ("driver_version", "S80"),
-        ("reserved", "V104"),
+        ("reserved", "V224"),
     ],
     align=True,
 )
@@ -122,7 +120,8 @@ class GpuState:
     def create(cls, num_gpus: int, *, path: Path | None = None) -> GpuState:
         """State for ``num_gpus`` GPUs, in memory or in a file made for it.
 
-        An existing file of the same layout and size is taken over as it is.
+        An existing file of the same layout and size is taken over as it is, also from an emulator
+        that was killed in the middle of a write.
 
         Raises:
             DeviceError: the file cannot be made, or holds something else.
@@ -136,7 +135,9 @@ class GpuState:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size:
-                return cls.attach(path, num_gpus=num_gpus)
+                state = cls.attach(path, num_gpus=num_gpus)
+                state._sequence[...] += state._sequence % 2  # or at rest would look like writing
+                return state
             with path.open("wb") as file:
                 file.truncate(cls.size_bytes(num_gpus))
             path.chmod(0o644)

@@ -66,6 +66,14 @@ class Thermal:
         self.temp_c = inlet_c + self._offset_c + self._fast_c + self._slow_c
         return self.temp_c
 
+    def save(self) -> tuple[Floats, Floats, Floats]:
+        """The state; `restore` takes it back."""
+        return self._fast_c, self._slow_c, self.temp_c
+
+    def restore(self, kept: tuple[Floats, Floats, Floats]) -> None:
+        """Be what `save` saw."""
+        self._fast_c, self._slow_c, self.temp_c = kept
+
     def _effective_w(self, power_w: Floats) -> Floats:
         profile = self._profile
         if profile.thermal_exponent == 1.0:

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from emulators import kernels
+from emulators import corrections, kernels
 from emulators.kernels import Chip, Gemm, Moe
 from emulators.models import BYTES_PER_WEIGHT, ModelCard
 from emulators.profiles import GpuProfile
@@ -80,7 +80,9 @@ class IterationCost:
         kvp: KV-parallel degree: each takes a part of every context. Shares the groups of ``sp``.
         precision: of the layers' matrices; the card's own if not given.
         cuda_graphs: off, an iteration cannot be shorter than launching its kernels one by one.
-        stack: what the serving engine adds; the profile's if not given.
+        stack: what the serving engine adds; the profile's if not given, and then with what
+            measured serving of the model shows beyond it (`emulators.corrections`).
+        correct: off, leave that correction out.
 
     Raises:
         ValueError: a degree does not fit the model or the others.
@@ -106,6 +108,7 @@ class IterationCost:
         precision: Precision | None = None,
         cuda_graphs: bool = True,
         stack: Stack | None = None,
+        correct: bool = True,
     ) -> None:
         for name, degree in {"tp": tp, "pp": pp, "ep": ep, "sp": sp, "kvp": kvp}.items():
             if degree < 1:
@@ -160,6 +163,7 @@ class IterationCost:
         latent = model.latent
         if latent is not None:
             q_dim = model.heads * (latent.nope_dim + latent.rope_dim + latent.v_dim) / 2
+        self.decode_tables: dict[float, dict[int, tuple[float, float, float]]] = {}
         self.flops_per_pair = 4.0 * q_dim * full * share / sp
         self.bytes_per_pair = 0.0  # keys are re-read from cache, not from HBM, within a tile
         decode_dim = q_dim
@@ -213,7 +217,20 @@ class IterationCost:
         self._knee = gpu.bandwidth_knee_frac
         self._tables: dict[int, tuple[list[float], list[float], list[float], list[float]]] = {}
         self._x = 0.0
+        self._host_s: Floats = self.stack.seq_s * _KNOTS
+        self._host, self._host_slope = _lines(self._host_s)
+        self._added_flops: list[float] = []
+        self._added_flops_slope: list[float] = []
         self._select(1.0)
+        self.correction: corrections.Correction | None = None
+        if stack is None and correct:
+            self.correction = corrections.correction_for(gpu.name, model, self.num_gpus)
+        if self.correction is not None:
+            seconds, operations = corrections.tables(self, self.correction)
+            self._host_s = self._host_s + np.interp(_KNOTS, corrections.BATCHES, seconds)
+            self._host, self._host_slope = _lines(self._host_s)
+            added = np.interp(_KNOTS, corrections.BATCHES, operations)
+            self._added_flops, self._added_flops_slope = _lines(added)
 
     # Scalars: what the engine asks.
 
@@ -239,6 +256,7 @@ class IterationCost:
             heads = num_seqs + num_prefill_seqs
             place = bisect_right(_KNOT_LIST, heads or 1) - 1
             linear_s += self._head[place] + self._head_slope[place] * heads
+            total_s += self._host[place] + self._host_slope[place] * heads
             if prefill_tokens:
                 # Half a tile of each prompt is padding, on average; decodes have a tile each.
                 linear_s += (
@@ -257,7 +275,7 @@ class IterationCost:
                 linear_s += self._decode_seq_s * num_seqs
             if linear_s < self._launch_s:
                 linear_s = self._launch_s
-            total_s += linear_s + stack.seq_s * heads + self._send_s + self._send_token_s * tokens
+            total_s += linear_s + self._send_s + self._send_token_s * tokens
         if encode_tiles:
             total_s += self.encode_s(encode_tiles, clock_frac)
         return total_s
@@ -292,13 +310,19 @@ class IterationCost:
         """
         tokens: int = num_seqs + prefill_tokens
         padding = self._pad_flops * self._awake(tokens) if self._pad_flops else 0.0
-        return (
+        total = (
             padding
             + self._flops_token * tokens
             + self._flops_head * (num_seqs + num_prefill_seqs)
             + self._seq_flops * num_seqs
             + self._flops_tile * encode_tiles
         )
+        if self._added_flops and num_seqs:
+            place = bisect_right(_KNOT_LIST, num_seqs) - 1
+            total += self._added_flops[place] + self._added_flops_slope[place] * num_seqs
+            if total < 0.0:
+                total = 0.0
+        return total
 
     def base_bytes(
         self, num_seqs: int, prefill_tokens: int, num_prefill_seqs: int, encode_tiles: int
@@ -352,7 +376,7 @@ class IterationCost:
         running = tokens > 0
         total_s = stack.iteration_s + np.where(
             running,
-            linear_s + stack.seq_s * heads + stack.token_s * prompt
+            linear_s + np.interp(heads, _KNOTS, self._host_s) + stack.token_s * prompt
             + self._send_s + self._send_token_s * tokens,
             0.0,
         )  # fmt: skip

@@ -7,6 +7,7 @@ that many requests of the measured conversation lengths with Poisson arrivals.
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from emulators.gpu import GpuBank
 from emulators.profiles import load_gpu
 from emulators.server import ServerBank
 from emulators.state import GpuState
+from testbed.core.clock import rare_collections
 from testbed.core.errors import SpecError
 from testbed.core.messages import EngineConfig, InstanceConfig, Request
 from testbed.core.spec import ClassSpec, WorkloadSpec
@@ -57,10 +59,20 @@ class _Tally:
 
 
 def bench_engine(
+    instances: int, requests: str, *, physics: bool = True, rate_rps: float = 0.0
+) -> dict[str, float | int]:
+    """Serve a workload on instances of one GPU each, as fast as it goes; see `measure_engine`."""
+    measured = measure_engine(instances, requests, physics=physics, rate_rps=rate_rps)
+    del measured["cpu_s"]
+    return measured
+
+
+def measure_engine(
     instances: int,
     requests: str,
     *,
     physics: bool = True,
+    rate_rps: float = 0.0,
     tick_s: float = 1.0,
     gpu: str = "h100-sxm",
     model: str = "llama-3.1-8b",
@@ -71,6 +83,8 @@ def bench_engine(
         instances: how many.
         requests: a number of requests, or a CSV file of arrival_s, prompt_tokens, output_tokens.
         physics: advance power, heat and clocks every ``tick_s``.
+        rate_rps: arrivals of all instances together, where a number is given; 0 for
+            `PER_INSTANCE_RPS` each.
         tick_s: length of a tick of run time.
         gpu: profile of the GPUs.
         model: what they serve.
@@ -81,6 +95,8 @@ def bench_engine(
     """
     if instances < 1:
         raise SpecError(f"bench: instances = {instances} must be at least 1")
+    if not 0 <= rate_rps < math.inf:
+        raise SpecError(f"bench: rate = {rate_rps} must be a positive number, or 0")
     bank = GpuBank(load_gpu(gpu), GpuState.create(instances))
     servers = ServerBank(bank, num_nodes=1)
     serving = servers.serving[0]
@@ -92,11 +108,12 @@ def bench_engine(
         ],
         0.0,
     )
-    stream = _requests(requests, instances)
+    stream = bench_requests(requests, instances, rate_rps)
     tally = _Tally()
-    begun = time.perf_counter()
-    end_s = _drive(servers, stream, tally, tick_s if physics else 0.0)
-    wall_s = time.perf_counter() - begun
+    begun, cpu_s = time.perf_counter(), time.process_time()
+    with rare_collections():
+        end_s = _drive(servers, stream, tally, tick_s if physics else 0.0)
+    wall_s, cpu_s = time.perf_counter() - begun, time.process_time() - cpu_s
     return {
         "instances": instances,
         "requests": tally.ended,
@@ -107,10 +124,16 @@ def bench_engine(
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "ttft_mean_s": tally.ttft_s / max(1, tally.ended),
         "tpot_mean_s": tally.tpot_s / max(1, tally.tpot_count),
+        "cpu_s": cpu_s,
     }
 
 
-def _requests(requests: str, instances: int) -> Iterator[Request]:
+def bench_requests(requests: str, instances: int, rate_rps: float = 0.0) -> Iterator[Request]:
+    """The workload that ``--requests`` names.
+
+    Raises:
+        SpecError: it is neither a number nor a file.
+    """
     classes = [ClassSpec()]
     if not requests.isdigit():
         if not Path(requests).is_file():
@@ -118,7 +141,7 @@ def _requests(requests: str, instances: int) -> Iterator[Request]:
         spec = WorkloadSpec(source="csv", trace=requests)
         seen = _last_arrival_s(Path(requests))
         return open_workload(spec, classes, 1, seen + 1e-6)
-    rate_rps = PER_INSTANCE_RPS * instances
+    rate_rps = rate_rps or PER_INSTANCE_RPS * instances
     spec = WorkloadSpec(source="poisson", rate_rps=rate_rps, max_prompt_tokens=4096)
     return _first(open_workload(spec, classes, 1, 1e9), int(requests))
 

@@ -427,16 +427,19 @@ def measure(
 
 
 def _mean_s(kernels: Kernels, point: Point, speed: float) -> tuple[float, bool]:
-    """Mean time of runs, and whether somebody else had the core meanwhile."""
+    """Mean time of runs, and whether somebody else had the core meanwhile.
+
+    If so, it is the CPU time that we had, stretched to what is due to us at this speed.
+    """
     count, start, start_cpu = 0, time.perf_counter(), time.process_time()
     while True:
         kernels.run(point)
         count += 1
         spent = time.perf_counter() - start
         if spent >= _LEAST_S:
-            used = (time.process_time() - start_cpu) / spent
-            disturbed = kernels.device == "cpu" and used < _LEAST_SHARE * speed
-            return spent / count, disturbed
+            used_s = time.process_time() - start_cpu
+            disturbed = kernels.device == "cpu" and used_s < _LEAST_SHARE * speed * spent
+            return (used_s / speed if disturbed else spent) / count, disturbed
 
 
 def _undisturbed(visits: list[tuple[float, bool]]) -> float:
@@ -602,6 +605,7 @@ class TwinCost:
 
     def __init__(self, profile: DeviceProfile) -> None:
         self._profile = profile
+        self.decode_tables: dict[float, dict[int, tuple[float, float, float]]] = {}
 
     def base_s(
         self,

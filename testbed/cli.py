@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import click
 import pynvml
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,8 +23,8 @@ from rich.table import Table
 from emulators import compiled
 from emulators.models import available_models
 from emulators.profiles import available_gpus
+from testbed import bench_scale, rig
 from testbed import emulate as emulation
-from testbed import rig
 from testbed.analysis.compare import compare as comparison
 from testbed.analysis.compare import comparison_lines, write_comparison
 from testbed.analysis.export import export as export_recording
@@ -31,6 +32,7 @@ from testbed.analysis.fidelity import compare as compare_with_measured
 from testbed.analysis.fidelity_figures import write_page, write_svg
 from testbed.analysis.report import write_report
 from testbed.bench import bench_engine
+from testbed.bench_live import bench_intake, bench_lateness
 from testbed.calibrate import calibrate, load_profile, validate, write_profile
 from testbed.core.errors import DeviceError, SpecError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
@@ -179,7 +181,27 @@ def run(
         curve=rig.curve_of(curve_secret, clients=curve_clients),
     )
     progress.close()
-    if not no_report:
+    _show_run(folder, report=not no_report, as_json=as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--no-report", is_flag=True, help="Do not write report.html.")
+@_JSON
+def resume(folder: Path, no_report: bool, as_json: bool) -> None:
+    """Go on with a virtual run that was broken off, from its last checkpoint.
+
+    The run file must have asked for them: record.checkpoint_s.
+    """
+    _compile_first()
+    progress = _Progress(quiet=as_json and not sys.stderr.isatty())
+    rig.resume(folder, progress=progress)
+    progress.close()
+    _show_run(folder, report=not no_report, as_json=as_json)
+
+
+def _show_run(folder: Path, *, report: bool, as_json: bool) -> None:
+    if report:
         write_report(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if as_json:
@@ -251,7 +273,9 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
     breaches = summary["breaches"]
     line("over budget", f"{breaches['count']} times, {breaches['s']:.1f} s in all")
     line("commands", "  ".join(f"{key} {value}" for key, value in summary["commands"].items()))
-    line("lateness", spread(summary["lateness_s"], "ms", 1000))
+    late = dict(summary["lateness_s"])
+    missed = late.pop("missed")
+    line("lateness", f"{spread(late, 'ms', 1000)}  missed {missed or 0:.0f} events")
     line("valid", "yes" if summary["valid"] else "NO: see the report")
     line("recording", str(folder))
     if (folder / "report.html").exists():
@@ -285,12 +309,37 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
               help="The coordinator's public key file.")  # fmt: skip
 @click.option("--orphan-exit-s", default=float("inf"), show_default=True,
               help="Leave when the coordinator is silent for this long.")  # fmt: skip
+@click.option("--realtime", is_flag=True, help="Ask for real-time priority (SCHED_FIFO).")
 @click.option("--allow-hardware-writes", is_flag=True, help="Really set limits on real GPUs.")
 def node(lose: tuple[str, ...], **options: Any) -> None:
     """Be the daemon of one node."""
     rig.node(
         rig.NodeOptions(**options, faults=[rig.parse_fault(text) for text in lose]),
         log=lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True),
+    )
+
+
+@main.command()
+@click.option("--coordinator", required=True, metavar="tcp://HOST:PORT")
+@click.option("--name", required=True, help="Of this relay, as row0/relay.")
+@click.option("--bind", default="tcp://127.0.0.1:0", show_default=True,
+              help="Where its nodes connect to; printed once it listens.")  # fmt: skip
+@click.option("--hold-s", default=0.002, show_default=True,
+              help="Longest wait for the slowest node, below the agreed delay.")  # fmt: skip
+@click.option("--curve-secret", type=click.Path(path_type=Path),
+              help="This relay's secret key file (testbed keys).")  # fmt: skip
+@click.option("--curve-server", type=click.Path(path_type=Path),
+              help="The coordinator's public key file.")  # fmt: skip
+@click.option("--curve-clients", type=click.Path(path_type=Path),
+              help="Folder of its nodes' public keys: nobody else is let in.")  # fmt: skip
+@click.option("--orphan-exit-s", default=float("inf"), show_default=True,
+              help="Leave when the coordinator is silent for this long.")  # fmt: skip
+def relay(**options: Any) -> None:
+    """Merge what a row of nodes reports into one message, and pass on the rest."""
+    rig.relay(
+        rig.RelayOptions(**options),
+        log=lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True),
+        ready=click.echo,
     )
 
 
@@ -446,38 +495,41 @@ def fidelity(
     if as_json:
         _print_json(rows)
         return
-    table = Table(title="absolute error against measurements")
-    for head in (
-        "set",
-        "GPU",
-        "model",
-        "quantity",
-        "rows",
-        "median",
-        "mean",
-        "p90",
-        "bias",
-        "naive",
-    ):
-        table.add_column(head)
+    for name in dict.fromkeys(row["set"] for row in rows):
+        _OUT.print(_errors_table(name, [row for row in rows if row["set"] == name]))
+
+
+def _errors_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """Absolute errors of one set, with the best of the naive alternatives."""
+    table = Table(title=f"{name}: absolute errors", box=SIMPLE, padding=(0, 1, 0, 0))
+    for head, width in (("of", 13), ("quantity", 25), ("best naive", 13)):
+        table.add_column(head, min_width=13, max_width=width)
+    for head in ("rows", "median", "mean", "p90", "bias"):
+        table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        unit = "" if row["quantity"].endswith(("_points", "_c")) else "%"
-
-        def share(value: float | None, unit: str = unit) -> str:
-            if value is None:
-                return "-"
-            return f"{value:.1%}" if unit else f"{value:.2f}"
-
-        naive = "; ".join(
-            f"{name} {share(errors.get('ape_median_frac'))}"
-            for name, errors in (row["naive"] or {}).items()
-        )
+        share = _number if row["quantity"].endswith(("_points", "_c")) else _percent
+        known = [
+            (errors["ape_median_frac"], naive)
+            for naive, errors in row["naive"].items()
+            if errors["ape_median_frac"] is not None
+        ]
+        best = f"{share(min(known)[0])} {min(known)[1]}" if known else ""
+        who = row["gpu"] if row["model"] == row["gpu"] else f"{row['gpu']}, {row['model']}"
+        # Spaces, so that lines break between words.
         table.add_row(
-            row["set"], row["gpu"], row["model"], row["quantity"], f"{row['rows']:,}",
+            who, row["quantity"].replace("_", " "), best.replace("_", " "), f"{row['rows']:,}",
             share(row["ape_median_frac"]), share(row["ape_mean_frac"]),
-            share(row["ape_p90_frac"]), share(row["bias_frac"]), naive,
+            share(row["ape_p90_frac"]), share(row["bias_frac"]),
         )  # fmt: skip
-    _OUT.print(table)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 _PROFILE = click.option("--profile", type=click.Path(path_type=Path), default=Path("device.toml"),
@@ -647,17 +699,133 @@ def bench() -> None:
 @click.option("--requests", default="10000", show_default=True, metavar="COUNT|FILE",
               help="How many, or a CSV of arrival_s, prompt_tokens, output_tokens.")  # fmt: skip
 @click.option("--physics/--no-physics", default=True, show_default=True)
+@click.option("--rate", "rate_rps", default=0.0, metavar="RPS",
+              help="Arrivals together, with a COUNT; else 3 for each instance.")  # fmt: skip
 @_JSON
-def bench_engine_command(instances: int, requests: str, physics: bool, as_json: bool) -> None:
+def bench_engine_command(
+    instances: int, requests: str, physics: bool, rate_rps: float, as_json: bool
+) -> None:
     """Requests per second of wall time that emulated instances serve."""
     _compile_first()
-    result = bench_engine(instances, requests, physics=physics)
+    result = bench_engine(instances, requests, physics=physics, rate_rps=rate_rps)
     if as_json:
         _print_json(result)
         return
     for name, value in result.items():
         shown = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
         click.echo(f"{name:16s} {shown}")
+
+
+@bench.command("intake")
+@click.option("--nodes", default=1000, show_default=True, help="Of 8 GPUs, reporting at 10 Hz.")
+@click.option("--seconds", default=10.0, show_default=True)
+@click.option("--generators", default=2, show_default=True, help="Processes that emulate them.")
+@click.option("--connections", default=0, show_default=True,
+              help="Telemetry connections in all; 0 is one per node.")  # fmt: skip
+@click.option("--relays", default=0, show_default=True, help="Relay processes in between.")
+@click.option("--merged", is_flag=True, help="Nodes arrive merged, as from relays elsewhere.")
+@click.option("--curve", is_flag=True, help="Encrypt and authenticate.")
+@click.option("--gpu-period-s", default=0.0, show_default=True, help="Thin the recording of GPUs.")
+@_JSON
+def bench_intake_command(as_json: bool, **options: Any) -> None:
+    """What a live coordinator takes in, recording on, and how fast commands come back."""
+    _print_bench(bench_intake(**options), as_json)
+
+
+@bench.command("roundtrip")
+@click.option("--nodes", default=40, show_default=True)
+@click.option("--seconds", default=10.0, show_default=True)
+@_JSON
+def bench_roundtrip_command(nodes: int, seconds: float, as_json: bool) -> None:
+    """From a command's leaving the coordinator to its answer, p50 and p99, under reports."""
+    found = bench_intake(nodes, seconds=seconds, generators=1)
+    kept = ("nodes", "reports_per_s", "load_before")
+    _print_bench({k: v for k, v in found.items() if k in kept or "round" in k}, as_json)
+
+
+@bench.command("lateness")
+@click.option("--instances", default=200, show_default=True, help="On one core.")
+@click.option("--per-node", default=50, show_default=True, help="In one process.")
+@click.option("--rate-rps", default=3.0, show_default=True, help="Requests/s of an instance.")
+@click.option("--seconds", default=10.0, show_default=True)
+@click.option("--collapse/--each-iteration", default=True, show_default=True,
+              help="Wake for every iteration, or once per run of alike ones.")  # fmt: skip
+@click.option("--realtime", is_flag=True, help="Real-time priority.")
+@_JSON
+def bench_lateness_command(as_json: bool, **options: Any) -> None:
+    """How late emulated iterations are acted on by nodes that share a core."""
+    _compile_first()
+    _print_bench(bench_lateness(**options), as_json)
+
+
+def _print_bench(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+        return
+    for name, value in result.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value}"
+        click.echo(f"{name:32s} {shown}")
+
+
+_SCALE = click.option("--scale", default=1.0, show_default=True, help="Multiplies all counts.")
+
+
+@bench.command("sizes")
+@_SCALE
+@_JSON
+def bench_sizes_command(scale: float, as_json: bool) -> None:
+    """1 to 10,000 instances, physics on and off, the engine alone and whole runs."""
+    _compile_first()
+    rows = bench_scale.bench_sizes(_say, scale=scale)
+    if as_json:
+        _print_json(rows)
+
+
+@bench.command("dynamo")
+@click.option("--instances", default=8, show_default=True)
+@click.option("--requests", default=10_000, show_default=True)
+@click.option("--rate", "rate_rps", default=0.0, metavar="RPS", help="As for bench engine.")
+@_JSON
+def bench_dynamo_command(instances: int, requests: int, rate_rps: float, as_json: bool) -> None:
+    """The same requests on NVIDIA Dynamo's offline replay, and the ratio."""
+    _compile_first()
+    result = bench_scale.bench_dynamo(instances, requests, _say, rate_rps=rate_rps)
+    if as_json:
+        _print_json(result)
+        return
+    click.echo(
+        f"{instances} instances: {result['ratio_requests_per_s']:.1f} times Dynamo replay in "
+        f"requests/s of wall time, {result['ratio_cpu']:.1f} times by CPU time"
+    )
+
+
+@bench.command("recorder")
+@_JSON
+def bench_recorder_command(as_json: bool) -> None:
+    """What recording everything costs."""
+    _compile_first()
+    result = bench_scale.bench_recorder(_say)
+    if as_json:
+        _print_json(result)
+        return
+    click.echo(
+        f"recording is {result['overhead_frac']:.0%} of the run, "
+        f"{result['per_gpu_sample_us']:.1f} us for each sample of a GPU"
+    )
+
+
+@bench.command("growth")
+@_SCALE
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw the curves here (SVG).")
+@_JSON
+def bench_growth_command(scale: float, figure: Path | None, as_json: bool) -> None:
+    """How the cost of a run grows with GPUs, requests and length."""
+    _compile_first()
+    rows = bench_scale.bench_growth(_say, scale=scale)
+    if figure is not None:
+        bench_scale.write_growth_figure(rows, figure)
+    if as_json:
+        _print_json(rows)
 
 
 # What there is.

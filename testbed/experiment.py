@@ -339,6 +339,8 @@ def run_experiment(
     progress(0, len(jobs))
     at_once = 1 if options.mode != "virtual" else workers
     for number, values in on_processes(jobs, at_once, _run_job):
+        if values is None:
+            raise TestbedError(f"{experiment.name}: {cases[number].name}: died (out of memory?)")
         if "error" in values:
             raise TestbedError(f"{experiment.name}: {cases[number].name}: {values['error']}")
         found[number] = values

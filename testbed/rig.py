@@ -14,6 +14,7 @@ decisions (`testbed.core.clock`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from emulators.server import build_engine
 from emulators.state import GpuState
 from testbed.analysis.summary import summarise
 from testbed.coordinator.cluster import Layout
-from testbed.core.errors import SpecError
+from testbed.core.errors import RecordingError, SpecError
 from testbed.core.messages import GpuInfo, InstanceConfig
 from testbed.core.spec import RunSpec
 from testbed.core.transport.zmq import Curve
@@ -31,10 +32,12 @@ from testbed.core.view import Controller, Router
 from testbed.policies.load import load_controller, load_router
 from testbed.policies.serving_profile import Learner
 from testbed.profiling import profile_of
-from testbed.recorder.writer import Recorder, new_run_folder, write_summary
+from testbed.recorder.reader import Recording
+from testbed.recorder.writer import CHECKPOINT, Recorder, new_run_folder, write_summary
 from testbed.shells.live import run_live
 from testbed.shells.node import NodeOptions, curve_of, node, parse_fault, parse_gpus
 from testbed.shells.plant import emulated_bank
+from testbed.shells.relay import RelayOptions, relay
 from testbed.shells.schedule import Parts, Progress, Status
 from testbed.shells.virtual import run_virtual
 from testbed.workloads import open_workload
@@ -42,12 +45,15 @@ from testbed.workloads import open_workload
 __all__ = [
     "NodeOptions",
     "Progress",
+    "RelayOptions",
     "Status",
     "curve_of",
     "load_policies",
     "node",
     "parse_fault",
     "parse_gpus",
+    "relay",
+    "resume",
     "run",
 ]
 
@@ -84,18 +90,64 @@ def run(
     """
     if curve is not None and spawn:
         raise SpecError("with CURVE keys nodes are started by hand: give --no-spawn as well")
+    parts = _parts(spec, progress)
+
+    def play() -> None:
+        if spec.mode == "virtual":
+            run_virtual(parts)
+        else:
+            run_live(parts, bind, spawn=spawn, allow_writes=allow_writes, curve=curve)
+
+    return _recorded(parts, new_run_folder(out, spec.name), play)
+
+
+def resume(folder: Path | str, *, progress: Progress = lambda status: None) -> Path:
+    """Go on with a virtual run that was broken off, from its last checkpoint to its end.
+
+    It ends as it would have without the break: the tables have the same bytes.
+
+    Raises:
+        TestbedError: there is no checkpoint, or it is of another version.
+    """
+    recording = Recording.open(folder)
+    folder = recording.folder
+    if recording.state == "running":
+        raise RecordingError(f"recording {folder}: the run is still going on")
+    try:
+        checkpoint = (folder / CHECKPOINT).read_bytes()
+    except OSError:
+        raise RecordingError(
+            f"recording {folder}: no checkpoint to go on from (record.checkpoint_s)"
+        ) from None
+    parts = _parts(recording.spec, progress)
+    parts.checkpoint = checkpoint
+    return _recorded(parts, folder, lambda: run_virtual(parts))
+
+
+def _parts(spec: RunSpec, progress: Progress) -> Parts:
+    """What a run file names, found and checked; its recorder comes when the run begins."""
     profile = load_gpu(spec.cluster.gpu)
     _check(spec, profile)
     controllers, router = load_policies(spec)
-    requests = open_workload(spec.workload, spec.slo_class, spec.seed, spec.duration_s)
-    folder = new_run_folder(out, spec.name)
+    return Parts(
+        spec=spec,
+        controllers=controllers,
+        router=router,
+        requests=open_workload(spec.workload, spec.slo_class, spec.seed, spec.duration_s),
+        profile=profile,
+        progress=progress,
+    )
+
+
+def _recorded(parts: Parts, folder: Path, play: Callable[[], None]) -> Path:
+    """Play a run into a folder; it has a summary afterwards, whatever happens."""
+    spec = parts.spec
+    meta = _meta(spec, parts.profile)
     try:
-        with Recorder(folder, spec=spec, meta=_meta(spec, profile)) as records:
-            parts = Parts(spec, folder, records, controllers, router, requests, profile, progress)
-            if spec.mode == "virtual":
-                run_virtual(parts)
-            else:
-                run_live(parts, bind, spawn=spawn, allow_writes=allow_writes, curve=curve)
+        with Recorder(
+            folder, spec=spec, meta=meta, resume=parts.checkpoint is not None
+        ) as parts.records:
+            play()
     finally:
         # A run that failed has a summary of as far as it came, marked invalid.
         write_summary(folder, summarise(folder))

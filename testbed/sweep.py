@@ -19,22 +19,28 @@ A sweep is a TOML file:
 Each run becomes a line of ``table.csv`` and ``table.parquet``: its number, what was changed, and
 every number of its summary. The table's order is the sweep's, whatever ran first, so it does not
 depend on the engine: processes of this machine, or Ray on many. A run's result is written down as
-soon as it is there; what is killed loses only what was under way, and ``resume`` does the rest.
+soon as it is there; what is killed loses only what was under way. Runs whose worker or node died
+are begun again, and ``resume`` does what a killed sweep left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import datetime
 import itertools
 import json
+import logging
 import math
+import multiprocessing
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -49,9 +55,14 @@ from testbed.core.spec import parse_spec
 from testbed.recorder.writer import new_run_folder
 
 Values = dict[str, Any]
+Results = Iterator[tuple[int, dict[str, Any] | None]]
+"""Runs as they end: number and result, which is None if whatever ran it died each time."""
 
 _ATTEMPTS = 3
 """How often a run is begun whose worker was killed under it."""
+_RAY_QUEUE = 1000
+"""Runs given to a Ray cluster at once: enough for as many cores."""
+_DATES = (datetime.datetime, datetime.date, datetime.time)
 _NOT_COMPARABLE = ("run_id", "wall_s", "run_folder")
 """Of a summary: what differs between two runs that are the same."""
 
@@ -68,9 +79,9 @@ class _Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Random(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    count: int = 1
+    count: int
+    fields: dict[str, _Range]
     seed: int = 1
-    fields: dict[str, _Range] = {}
 
 
 class SweepSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,19 +92,24 @@ class SweepSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mode: Literal["virtual", "emulated"] = "virtual"
     grid: dict[str, list[Any]] = {}
     point: list[Values] = []
-    random: _Random = _Random()
+    random: _Random | None = None
     keep_recordings: bool = False
     """Keep each run's recording under ``points/``; by default only its summary is kept."""
 
 
 class Job(NamedTuple):
-    """One run to do: its number, the base spec's text and what to change in it."""
+    """One run to do."""
 
     number: int
     base: str
+    """Text of the base spec."""
     overrides: list[str]
+    place: str
+    """Working folder: paths in the base, of policies and traces, count from there."""
+    scratch: str
+    """Where recordings go that are thrown away, if that folder is there."""
     keep: str
-    """Folder for the recording; empty to throw it away."""
+    """Where the recording goes; empty to throw it away."""
 
 
 class _Numbered(Protocol):
@@ -117,19 +133,40 @@ def load_sweep(path: Path) -> SweepSpec:
         raise SpecError(f"sweep {path}: cannot be read: {error}") from None
     except msgspec.MsgspecError as error:
         raise SpecError(f"sweep {path}: {error}") from None
+    try:
+        _check(sweep)
+    except (SpecError, TypeError) as error:  # dates are values of TOML, and no value of a run's
+        raise SpecError(f"sweep {path}: {error}") from None
+    return sweep
+
+
+def _check(sweep: SweepSpec) -> None:
+    """What no single field can say about itself."""
+    if not sweep.name or "/" in sweep.name or sweep.name.startswith("."):
+        raise SpecError(f"name = {sweep.name!r} must be the name of a folder")
     for field, values in sweep.grid.items():
         if not values:
-            raise SpecError(f"sweep {path}: grid.{field} = [] must have at least one value")
-    for field, drawn in sweep.random.fields.items():
-        ordered = drawn.low < drawn.high and (drawn.low > 0 or not drawn.log)
-        if not drawn.choice and not ordered:
+            raise SpecError(f"grid.{field} = [] must have at least one value")
+    ranges = sweep.random.fields if sweep.random else {}
+    places = [("grid", set(sweep.grid)), ("random.fields", set(ranges))]
+    for (name, fields), (other, others) in itertools.combinations(
+        [*places, *((f"point {k}", set(point)) for k, point in enumerate(sweep.point))], 2
+    ):
+        if fields & others and not (name.startswith("point") and other.startswith("point")):
+            raise SpecError(f"{min(fields & others)!r} is in {name} and in {other}")
+    if sweep.random and sweep.random.count < 1:
+        raise SpecError(f"random.count = {sweep.random.count} must be at least 1")
+    if sweep.random and not ranges:
+        raise SpecError("random.fields = {} must have at least one field")
+    for field, drawn in ranges.items():
+        ranged = not (math.isnan(drawn.low) and math.isnan(drawn.high))
+        ordered = drawn.low < drawn.high < math.inf and (drawn.low > 0 or not drawn.log)
+        if bool(drawn.choice) == ranged or (ranged and not ordered):
             raise SpecError(
-                f"sweep {path}: random.fields.{field}: needs a choice, or low < high "
-                f"(above 0 with log), not low = {drawn.low}, high = {drawn.high}"
+                f"random.fields.{field}: needs either a choice, or low < high (above 0 with log), "
+                f"not choice = {drawn.choice}, low = {drawn.low}, high = {drawn.high}"
             )
-    if sweep.random.count < 1:
-        raise SpecError(f"sweep {path}: random.count = {sweep.random.count} must be at least 1")
-    return sweep
+    json.dumps(msgspec.to_builtins(sweep, builtin_types=_DATES))
 
 
 def points(sweep: SweepSpec) -> list[Values]:
@@ -143,7 +180,7 @@ def points(sweep: SweepSpec) -> list[Values]:
         for values in itertools.product(*sweep.grid.values())
     ]
     found = [{**point, **grid} for point in sweep.point or [{}] for grid in combinations]
-    if not sweep.random.fields:
+    if not sweep.random:
         return found
     draw = np.random.default_rng(sweep.random.seed)
     samples = [
@@ -168,7 +205,11 @@ def run_job(job: Job) -> dict[str, Any]:
 
     A run that its spec forbids is a line with an ``error``, since a grid may well cross a limit.
     """
-    with tempfile.TemporaryDirectory(prefix="testbed-sweep-") as scratch:
+    with contextlib.ExitStack() as stack:
+        if os.path.isdir(job.place):  # on another machine it need not be
+            stack.enter_context(contextlib.chdir(job.place))
+        within = job.scratch if os.path.isdir(job.scratch) else None
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="sweep-", dir=within))
         try:
             spec = parse_spec(job.base, job.overrides)
             folder = rig.run(spec, job.keep or scratch)
@@ -228,28 +269,60 @@ def run_sweep(
         text = base.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"sweep {path}: base = {sweep.base!r}: cannot be read: {error}") from None
-    folder = resume or new_run_folder(out, sweep.name)
     changes = points(sweep)
-    _remember(folder, {"sweep": msgspec.to_builtins(sweep), "base": text}, resume is not None)
+    _check_runs(text, [_overrides(sweep, change) for change in changes])
+    folder = (resume or new_run_folder(out, sweep.name)).absolute()
+    facts = {"sweep": msgspec.to_builtins(sweep), "base": text}
+    _remember(folder, facts, resume is not None)
+    results, scratch, kept = (folder / name for name in ("results", "scratch", "points"))
+    shutil.rmtree(scratch, ignore_errors=True)  # of runs that were killed
+    for place in (results, scratch):
+        place.mkdir(exist_ok=True)
     jobs = [
-        Job(number, text, _overrides(sweep, change), _keep(folder, sweep, number))
+        Job(
+            number,
+            text,
+            _overrides(sweep, change),
+            os.getcwd(),
+            str(scratch),
+            str(kept / f"{number:06d}") if sweep.keep_recordings else "",
+        )
         for number, change in enumerate(changes)
+        if not _result(folder, number).exists()
     ]
-    parse_spec(text)  # one clear error before anything is started
-    results = folder / "results"
-    results.mkdir(exist_ok=True)
-    left = [job for job in jobs if not (results / f"{job.number:06d}.json").exists()]
-    done = len(jobs) - len(left)
-    progress(done, len(jobs))
+    done = len(changes) - len(jobs)
+    progress(done, len(changes))
     runs = (
-        _on_ray(left, address, workers) if engine == "ray" else on_processes(left, workers, run_job)
+        _on_ray(jobs, address, workers) if engine == "ray" else on_processes(jobs, workers, run_job)
     )
+    died: list[int] = []
     for number, result in runs:
-        _write(results / f"{number:06d}.json", result)
+        if result is None:
+            died.append(number)
+            continue
+        _write(_result(folder, number), result)
         done += 1
-        progress(done, len(jobs))
+        progress(done, len(changes))
+    shutil.rmtree(scratch, ignore_errors=True)
     write_table(folder, changes)
+    if died:
+        raise TestbedError(
+            f"sweep {folder}: what ran {', '.join(map(str, died))} died {_ATTEMPTS} times (out of "
+            "memory?); the table has all other runs, and --resume tries again"
+        )
     return folder
+
+
+def _check_runs(base: str, overrides: list[list[str]]) -> None:
+    """One clear error before anything is started, if no run of the sweep can be."""
+    first: SpecError | None = None
+    for each in overrides:
+        try:
+            parse_spec(base, each)
+            return
+        except SpecError as error:
+            first = first or error
+    raise first or SpecError("sweep: no runs")
 
 
 def _remember(folder: Path, facts: dict[str, Any], resuming: bool) -> None:
@@ -266,8 +339,8 @@ def _remember(folder: Path, facts: dict[str, Any], resuming: bool) -> None:
         raise SpecError(f"--resume {folder}: the sweep or its base has changed since then")
 
 
-def _keep(folder: Path, sweep: SweepSpec, number: int) -> str:
-    return str(folder.absolute() / "points" / f"{number:06d}") if sweep.keep_recordings else ""
+def _result(folder: Path, number: int) -> Path:
+    return folder / "results" / f"{number:06d}.json"
 
 
 def _overrides(sweep: SweepSpec, change: Values) -> list[str]:
@@ -295,75 +368,114 @@ def _write(path: Path, tree: Any) -> None:
 # Engines.
 
 
-def on_processes(
-    jobs: Sequence[_J], workers: int, work: Callable[[_J], dict[str, Any]]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Runs on processes of this machine, as they end; a killed worker's runs are begun again.
+def _end_with_parent() -> None:
+    """Have this process end when the one that started it does, of whatever death."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def on_processes(jobs: Iterable[_J], workers: int, work: Callable[[_J], dict[str, Any]]) -> Results:
+    """On processes of this machine. A worker that dies takes down its pool.
+
+    What was under way then is begun again at the end, each alone in a pool, so that one run that
+    cannot live does not take others with it; that one ends as None.
 
     Args:
         jobs: what to do, each with its own number.
         workers: runs at once; as many as there are cores for 0.
         work: does one job in a worker; a function of a module.
     """
-    count = workers or os.cpu_count() or 1
-    attempts = dict.fromkeys((job.number for job in jobs), 0)
-    left = {job.number: job for job in jobs}
-    while left:
-        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-            waiting: dict[Future[dict[str, Any]], int] = {}
-            queue = iter(list(left.values()))
-            try:
-                # As many as can run, and one each to go on with: what a broken pool takes down.
-                for job in itertools.islice(queue, 2 * count):
-                    waiting[pool.submit(work, job)] = job.number
-                while waiting:
-                    ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in ended:
-                        result = future.result()
-                        number = waiting.pop(future)
-                        del left[number]
-                        yield number, result
-                        for job in itertools.islice(queue, 1):
-                            waiting[pool.submit(work, job)] = job.number
-            except BrokenProcessPool:
-                for number in waiting.values():
-                    attempts[number] += 1
-                    if attempts[number] >= _ATTEMPTS:
-                        raise TestbedError(
-                            f"sweep: run {number} ended its worker {_ATTEMPTS} times "
-                            "(out of memory?); what was finished is kept"
-                        ) from None
+    count = workers or len(os.sched_getaffinity(0))
+    queue, alone = iter(jobs), list[_J]()
+    while under_way := (yield from _in_pool(queue, count, work)):
+        alone += under_way
+    for job in alone:
+        for _ in range(_ATTEMPTS - 1):
+            if not (yield from _in_pool(iter([job]), 1, work)):
+                break
+        else:
+            yield job.number, None
 
 
-def _on_ray(jobs: list[Job], address: str, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Runs on a Ray cluster, as they end; those of a lost node are begun again elsewhere."""
+def _in_pool(
+    queue: Iterator[_J], count: int, work: Callable[[_J], dict[str, Any]]
+) -> Generator[tuple[int, dict[str, Any] | None], None, list[_J]]:
+    """Runs from the queue in a pool of processes until it breaks; what was under way then.
+
+    No more is taken from the queue than is run at once.
+    """
+    context = multiprocessing.get_context("spawn")
+    under_way: dict[int, _J] = {}
+    futures: dict[Future[dict[str, Any]], int] = {}
+    with (
+        ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as pool,
+        contextlib.suppress(BrokenProcessPool),
+    ):
+        while True:
+            for job in itertools.islice(queue, count - len(futures)):
+                under_way[job.number] = job
+                futures[pool.submit(work, job)] = job.number
+            if not futures:
+                break
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                result = future.result()
+                number = futures.pop(future)
+                del under_way[number]
+                yield number, result
+    return list(under_way.values())
+
+
+def _on_ray(jobs: Iterable[Job], address: str, workers: int) -> Results:
+    """On a Ray cluster, which begins those of a lost worker or node again elsewhere."""
     try:
         import ray
     except ImportError:
         raise SpecError("--engine ray: pip install 'serving-testbed[ray]'") from None
-    started = not ray.is_initialized()
-    if started:
-        ray.init(
-            address=address or None,
-            num_cpus=workers or None if not address else None,
-            include_dashboard=False,
-            log_to_driver=False,
-        )
+    _reach(address)
+    options = {"address": address} if address else {"address": "local", "num_cpus": workers or None}
     try:
-        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS)(run_job)
-        waiting = {remote.remote(job): job.number for job in jobs}
-        while waiting:
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise SpecError(f"--engine ray --address {address!r}: {error}") from None
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1)(run_job)
+        queue = iter(jobs)
+        waiting: dict[Any, int] = {}
+        while True:
+            room = (workers or _RAY_QUEUE) - len(waiting)
+            waiting.update(
+                (remote.remote(job), job.number) for job in itertools.islice(queue, room)
+            )
+            if not waiting:
+                return
             ended, _ = ray.wait(list(waiting), num_returns=1)
             for reference in ended:
                 number = waiting.pop(reference)
                 try:
-                    result = ray.get(reference)
-                except ray.exceptions.RayError as error:
+                    yield number, ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
                     raise TestbedError(f"sweep: run {number}: {error}") from None
-                yield number, result
+                except ray.exceptions.RayError:
+                    yield number, None
     finally:
-        if started:
-            ray.shutdown()
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Say at once when nobody listens there: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10.0).close()
+    except (OSError, OverflowError) as error:
+        raise SpecError(f"--engine ray --address {address!r}: {error}") from None
 
 
 # The table.
@@ -373,7 +485,7 @@ def write_table(folder: Path, changes: list[Values]) -> None:
     """``table.csv`` and ``table.parquet`` from the results that are there."""
     rows: list[dict[str, Any]] = []
     for number, change in enumerate(changes):
-        place = folder / "results" / f"{number:06d}.json"
+        place = _result(folder, number)
         if place.exists():
             result = json.loads(place.read_text(encoding="utf-8"))
             shown = {

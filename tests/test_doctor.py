@@ -54,6 +54,40 @@ def test_where_everything_is_taken_away(tmp_path):
         assert bare[what].todo
 
 
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare"
+)
+@pytest.mark.parametrize("taken", ["cgroups", "pressure", "swap"])
+def test_the_command_where_one_thing_is_really_taken_away(tmp_path, taken):
+    """In a mount namespace of its own; what was not taken is as before."""
+    (tmp_path / "swaps").write_text("Filename Type Size Used Priority\n")
+    place, hide, lost = {
+        "cgroups": ("/sys/fs/cgroup", "mount -t tmpfs none /sys/fs/cgroup",
+                    {"control groups", "limit host memory", "limit CPU time", "freeze tenants",
+                     "pressure per group"}),
+        "pressure": ("/proc/pressure", "mount -t tmpfs none /proc/pressure", {"pressure (PSI)"}),
+        "swap": ("/proc/swaps", f"mount --bind {tmp_path}/swaps /proc/swaps", {"swap"}),
+    }[taken]  # fmt: skip
+    if not Path(place).exists():
+        pytest.skip(f"no {place} here that could be taken away")
+    command = f"{hide} && exec {sys.executable} -m testbed.cli doctor --json"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode and ("unshare failed" in done.stderr or "mount:" in done.stderr):
+        pytest.skip(f"cannot be taken away here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    bare = {entry["what"]: entry for entry in json.loads(done.stdout)}
+    for what, finding in found().items():
+        if what in lost:
+            assert not bare[what]["works"], what
+            assert bare[what]["todo"], what
+        elif what not in ("clock", "compiled engine", "swap"):  # other runs make swap and remove it
+            assert bare[what]["works"] == finding.works, what
+
+
 def test_gpus_that_are_there():
     state = GpuState.create(2)
     GpuBank(load_gpu("h100-sxm"), state)

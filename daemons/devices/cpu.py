@@ -5,6 +5,9 @@ really slows them, and the readings are what the kernel measured. What is not re
 core that is always busy counts as `WATTS_PER_CORE` (assumed; no counter is read), so a limit of
 half of it is a quota of half a core. A quota is a poor stand-in for a power cap in one respect: it
 stops a process for parts of each 0.1 s, where a cap lowers the clock.
+
+Groups and what runs in them are gone afterwards, also if this process is killed: see
+`daemons.guardian`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from daemons.devices.cgroup import ROOT, Cgroups, Group, open_cgroups
+from daemons.guardian import Guardian
 from testbed.core.errors import DeviceError
 from testbed.core.messages import GpuInfo, GpuReadings
 
@@ -39,6 +43,8 @@ class CpuDevices:
 
     def __init__(self, count: int, *, name: str, root: Path = ROOT) -> None:
         self._cgroups: Cgroups = open_cgroups(root, parent=name)
+        self._guardian = Guardian()
+        self._guardian.tell(f"cgroup {name}")
         self._groups: list[Group] = [self._cgroups.create(f"core{k}") for k in range(count)]
         self._limit_w = [WATTS_PER_CORE] * count
         self._used_s = [0.0] * count
@@ -140,6 +146,7 @@ class CpuDevices:
         for group in self._groups:
             group.remove()
         self._cgroups.close()
+        self._guardian.dismiss()
 
 
 def _temperature_c() -> float:

@@ -7,8 +7,9 @@
  * the file for writing is refused by the kernel before anything of ours is touched.
  *
  * A block is read between two looks at the sequence counter, which is odd while the emulator
- * writes; fields are aligned and written whole, so if the emulator dies in the middle, the last
- * values still read well one by one.
+ * writes. A writer that only lost its core is waited for. One that died in the middle is given up,
+ * once for all calls: fields are aligned and written whole, so the last values still read well one
+ * by one.
  *
  * Names that are not implemented here are in stubs.c and return NVML_ERROR_NOT_SUPPORTED: a missing
  * symbol costs clients more than an unsupported call.
@@ -30,7 +31,9 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_GPUS 64
-#define READ_PATIENCE_NS 500000000ULL /* far beyond any write: a busy machine takes its turn away */
+#define WRITE_NS 500000000ULL /* far beyond any write: a busy machine takes its turn away */
+#define WRITE_LOOKS 500       /* and so often, lest reader and writer were stopped together */
+#define READ_LOOKS 100000     /* seconds of a writer that never pauses */
 #define STALE_NS 5000000000ULL /* an emulator ticks at 10 to 100 Hz */
 #define VERSIONED(type, version) ((unsigned)(sizeof(type) | ((unsigned)(version) << 24)))
 
@@ -94,9 +97,9 @@ static nvmlReturn_t read_gpu(nvmlDevice_t device, struct gpu *gpu) {
         return NVML_ERROR_UNINITIALIZED;
     if (device < devices || device >= devices + num_gpus)
         return NVML_ERROR_INVALID_ARGUMENT;
-    static uint64_t abandoned; /* odd: where a writer died, so that only one call waits for it */
-    uint64_t before, after, deadline = 0;
-    for (unsigned tries = 0;; tries++) {
+    static uint64_t abandoned; /* the odd count at which a writer died */
+    uint64_t before, after, seen = 0, seen_ns = 0;
+    for (unsigned look = 0, same = 0; look < READ_LOOKS; look++, same++) {
         if (!read_whole(&before, sizeof before, HEADER_sequence) ||
             !read_whole(gpu->measured, MEASURED_SIZE, measured_at(device->index)) ||
             !read_whole(gpu->control, CONTROL_SIZE, control_at(device->index)) ||
@@ -105,18 +108,19 @@ static nvmlReturn_t read_gpu(nvmlDevice_t device, struct gpu *gpu) {
         if (before == after &&
             (before % 2 == 0 || before == __atomic_load_n(&abandoned, __ATOMIC_RELAXED)))
             return NVML_SUCCESS;
-        if (tries < 20)
+        if (look < 20)
             continue;
-        /* Long enough for the writer to be given its turn, were it only waiting for a core. */
-        uint64_t now = monotonic_ns();
-        if (!deadline)
-            deadline = now + READ_PATIENCE_NS;
-        if (now > deadline && before == after) {
-            __atomic_store_n(&abandoned, before, __ATOMIC_RELAXED);
-            return NVML_SUCCESS; /* died within a write: each field is whole all the same */
+        if (after != seen) {
+            seen = after;
+            seen_ns = monotonic_ns();
+            same = 0;
+        } else if (same > WRITE_LOOKS && monotonic_ns() - seen_ns > WRITE_NS) {
+            __atomic_store_n(&abandoned, seen, __ATOMIC_RELAXED);
         }
-        nanosleep(&(struct timespec){0, tries % 2 ? 20000 : 70000}, NULL);
+        /* Two lengths, so as not to fall into step with a writer. */
+        nanosleep(&(struct timespec){0, look % 2 ? 20000 : 70000}, NULL);
     }
+    return NVML_ERROR_TIMEOUT;
 }
 
 /* The block of a GPU that is there; what most getters begin with. */
@@ -222,6 +226,7 @@ EXPORT const char *nvmlErrorString(nvmlReturn_t result) {
     case NVML_ERROR_NOT_FOUND: return "Not Found";
     case NVML_ERROR_INSUFFICIENT_SIZE: return "Insufficient Size";
     case NVML_ERROR_DRIVER_NOT_LOADED: return "Driver Not Loaded";
+    case NVML_ERROR_TIMEOUT: return "Timeout";
     case NVML_ERROR_GPU_IS_LOST: return "GPU is lost";
     case NVML_ERROR_ARGUMENT_VERSION_MISMATCH: return "Argument version mismatch";
     default: return "Unknown Error";
@@ -373,8 +378,7 @@ EXPORT nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *
     memcpy(pci->busId, id, sizeof pci->busId - 1);
     memcpy(pci->busIdLegacy, id + 4, sizeof pci->busIdLegacy - 1); /* a domain of 4 digits */
     pci->bus = device->index;
-    pci->pciDeviceId = 0x233010DE;
-    pci->pciSubSystemId = 0x16C110DE;
+    pci->pciDeviceId = pci->pciSubSystemId = 0x10DE; /* NVIDIA; profiles know no device numbers */
     return NVML_SUCCESS;
 }
 EXPORT nvmlReturn_t nvmlDeviceGetPciInfo_v2(nvmlDevice_t device, nvmlPciInfo_t *pci) {
@@ -757,8 +761,9 @@ GETTER(nvmlDeviceGetComputeMode, unsigned, 0)
 GETTER(nvmlDeviceGetDisplayMode, unsigned, 0)
 GETTER(nvmlDeviceGetDisplayActive, unsigned, 0)
 GETTER(nvmlDeviceGetMaxMigDeviceCount, unsigned, 0)
-GETTER(nvmlDeviceGetMaxPcieLinkGeneration, unsigned, 5)
-GETTER(nvmlDeviceGetCurrPcieLinkGeneration, unsigned, 5)
+/* 9 is Hopper, the first with generation 5. */
+GETTER(nvmlDeviceGetMaxPcieLinkGeneration, unsigned, M32(&gpu, architecture) >= 9 ? 5 : 4)
+GETTER(nvmlDeviceGetCurrPcieLinkGeneration, unsigned, M32(&gpu, architecture) >= 9 ? 5 : 4)
 GETTER(nvmlDeviceGetMaxPcieLinkWidth, unsigned, 16)
 GETTER(nvmlDeviceGetCurrPcieLinkWidth, unsigned, 16)
 

@@ -14,6 +14,7 @@ is looked up by row, and nothing is fitted here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -32,14 +33,10 @@ from testbed.analysis.fitting_serving import (
     GAP_LAW,
     POWER_LAW,
     PROMPT_LAW,
-    SATURATED,
     SPLITWISE_GPUS,
     SPLITWISE_POINT,
     TOKEN_LAW,
-    SiliconFit,
-    energy_rows,
     formula,
-    harness,
     splitwise,
     text_dense,
 )
@@ -317,52 +314,46 @@ def _splitwise(data: Path) -> list[Comparison]:
 
 
 def _silicon(data: Path) -> list[Comparison]:
-    columns = find(data / "llm_e2e_silicon", "silicon_sample")
-    if columns is None:
+    """Closed-loop benchmarks: the engine's queue, and what engines and harnesses do beside it."""
+    served = silicon.served_rows(data)
+    if served is None:
         return []
-    setups = silicon.setups(columns)
-    table: list[tuple[Any, ...]] = []
-    for row, setup in enumerate(setups):
-        if setup is None:
-            continue
-        folds = _folds().get(f"silicon/{harness(setup)}")
-        if folds is None:
-            continue
-        fold = int(fold_of([setup.configuration])[0])
-        fit = msgspec.convert(folds[fold + 1], SiliconFit)
-        served = silicon.serve(setup, fit.engine())
-        if served is None:
-            continue
-        ttft, tpot = fit.times_s(setup, served.steady_ttft_s, served.burst_ttft_s, served.tpot_s)
-        table.append(
-            (row, setup, float(ttft), float(tpot), served.kv_demand_frac, *_kernel_sum(setup))
-        )
-    out: list[Comparison] = []
-    groups = sorted({(one[1].gpu, one[1].backend) for one in table})
-    for gpu, backend in [*groups, ("all", "all")]:
-        own = [
-            one for one in table if gpu == "all" or (one[1].gpu, one[1].backend) == (gpu, backend)
-        ]
-        for saturated in (False, True):
-            rows = [one for one in own if (one[4] > SATURATED) == saturated]
-            if not rows or (saturated and gpu != "all"):
-                continue
-            index = np.array([one[0] for one in rows])
-            suffix = "_saturated" if saturated else ""
-            for at, kernel_at, quantity, column in (
-                (2, 5, "ttft_s", "silicon_ttft_ms"), (3, 6, "tpot_s", "silicon_tpot_ms"),
-            ):  # fmt: skip
-                measured = columns[column][index] / 1e3
-                predicted = np.array([one[at] for one in rows])
-                naive = {"kernel_table_without_queue": np.array([one[kernel_at] for one in rows])}
-                naive["another_run_of_the_same_setup"] = _repeats(
-                    [one[1] for one in rows], measured
-                )
-                out.append(
-                    Comparison("llm_e2e_silicon", gpu, backend, quantity + suffix, predicted,
-                               measured, naive)
-                )  # fmt: skip
+    pools, rows = silicon.pools(SHIPPED), served.rows()
+    table_s = np.array([_kernel_sum(setup) for setup in served.setups])
+    names = [f"{setup.gpu}|{setup.backend}" for setup in served.setups]
+    out = []
+    for name, column in (("ttft", 0), ("tpot", 1)):
+        measured, queue_s = served.measured[:, column], served.computed(name)
+        naive = {
+            "queue_alone": queue_s,
+            "kernel_table_without_queue": table_s[:, column],
+            "another_run_of_the_same_setup": _repeats(served.setups, measured),
+        }
+        for level, suffix in _SILICON_LEVELS.items():
+            predicted = queue_s * np.exp(pools[name].predict(rows, level))
+            for group in [*sorted(set(names)), "all|all"]:
+                if level != "point" and group != "all|all":
+                    continue
+                own = np.array([group in ("all|all", one) for one in names])
+                gpu, backend = group.split("|")
+                for which, ending in ((~served.saturated, ""), (served.saturated, "_saturated")):
+                    chosen = own & which
+                    if not chosen.any() or (ending and (gpu != "all" or suffix)):
+                        continue
+                    some = {key: values[chosen] for key, values in naive.items()}
+                    quantity = f"{name}_s{suffix}{ending}"
+                    out.append(
+                        Comparison("llm_e2e_silicon", gpu, backend, quantity, predicted[chosen],
+                                   measured[chosen], some)
+                    )  # fmt: skip
     return out
+
+
+_SILICON_LEVELS = {
+    "point": "",
+    "configuration": "_configuration_not_seen",
+    "family": "_model_not_seen_on_gpu_and_engine",
+}
 
 
 def _kernel_sum(setup: silicon.Setup) -> tuple[float, float]:
@@ -422,54 +413,71 @@ def _runs(data: Path) -> list[Comparison]:
 
 
 def _energy_v3(data: Path) -> list[Comparison]:
-    columns = energy_rows(data)
+    """Power and token gap of saturated serving, by what the emulator runs.
+
+    Each is predicted without the row's point (its batch size of its configuration), and again
+    without its configuration and without its model on this GPU. Power is predicted at the measured
+    token rate, and at the rate that the emulator itself comes to.
+    """
+    columns = serving_power.energy_rows(data)
     if columns is None:
         return []
-    power = columns["avg_power_watts"] / columns["num_gpus"]
-    pool = serving_power.load_pool(SHIPPED)
+    pools = serving_power.pools(SHIPPED)
+    power, gap = (serving_power.QUANTITIES[name] for name in ("power", "gap"))
     out = []
     for label, gpu in (("H100", "h100-sxm"), ("B200", "b200-sxm")):
         own = columns["gpu_model"] == label
         if not own.any():
             continue
-        mine, measured = take(columns, own), power[own]
-        configuration = keys(mine, serving_power.CONFIGURATION)
+        mine = take(columns, own)
+        watts, gap_s = power.measured(mine), gap.measured(mine)
+        configuration = keys(mine, [one for one in serving_power.CONFIGURATION if one in mine])
         models = np.array([card_for(one) for one in mine["model_id"]], dtype=object)
-        law = formula(gpu)
-        own_w = law.predict_out(_folds()[f"ml_energy_v3/{gpu}/power"], mine, models)
-        left_out = {level: pool.predict(mine, level) for level in ("configuration", "pair", "row")}
-        naive = {
-            "emulator_formula": own_w,
-            "constant": _constant(Sample(mine, measured, configuration)),
+        law_w = formula(gpu).predict_out(_folds()[f"ml_energy_v3/{gpu}/power"], mine, models)
+        law_s = GAP_LAW.predict_out(_folds()[f"ml_energy_v3/{gpu}/gap"], mine, configuration)
+        naive_w = {
+            "formula_without_corrections": law_w,
+            "constant": _constant(Sample(mine, watts, configuration)),
             "roofline": _roofline_w(gpu, mine),
-            "interpolation_within_configuration": _interpolated(mine, measured, configuration),
+            "interpolation": _interpolated(mine, watts, configuration),
         }
-        out.append(
-            Comparison("ml_energy_v3", gpu, "all", "power_w", left_out["configuration"], measured,
-                       naive)
-        )  # fmt: skip
-        for level, quantity in (
-            ("row", "power_w_configuration_known_at_other_batches"),
-            ("pair", "power_w_model_new_on_this_gpu"),
-        ):
-            out.append(
-                Comparison("ml_energy_v3", gpu, "all", quantity, left_out[level], measured,
-                           {"emulator_formula": own_w})
-            )  # fmt: skip
+        naive_s = {
+            "kernels_and_host": law_s,
+            "kernel_sum": mine["kernel_s"],
+            "interpolation": _interpolated(mine, gap_s, configuration),
+        }
+
+        def add(model: str, quantity: str, predicted: Any, measured: Any, naive: Any,
+                gpu: str = gpu) -> None:  # fmt: skip
+            out.append(Comparison("ml_energy_v3", gpu, model, quantity, predicted, measured, naive))
+
+        for level, suffix in _LEVELS.items():
+            ours_s = gap.predict(pools["gap"], mine, level)
+            ours = _at_rate(mine, mine["avg_batch_size"] / ours_s)
+            for quantity, rows in (("power_w", mine), ("power_w_at_own_rate", ours)):
+                predicted = power.predict(pools["power"], rows, level)
+                add("all", quantity + suffix, predicted, watts, naive_w)
+            add("all", f"token_gap_s{suffix}", ours_s, gap_s, naive_s)
         dense = text_dense(mine)
         if dense.any():
-            out.append(
-                Comparison("ml_energy_v3", gpu, "dense, text", "power_w_emulator", own_w[dense],
-                           measured[dense], {"pooled": left_out["configuration"][dense]})
-            )  # fmt: skip
-        gap = mine["avg_batch_size"] / mine["output_throughput_tokens_per_sec"]
-        predicted = GAP_LAW.predict_out(_folds()[f"ml_energy_v3/{gpu}/gap"], mine, configuration)
-        naive = {
-            "kernel_sum": mine["kernel_s"],
-            "interpolation_within_configuration": _interpolated(mine, gap, configuration),
-        }
-        out.append(Comparison("ml_energy_v3", gpu, "all", "token_gap_s", predicted, gap, naive))
+            pooled = power.predict(pools["power"], mine, "pair")[dense]
+            add("dense, text", "power_w_formula_without_corrections", law_w[dense], watts[dense],
+                {"pooled": pooled})  # fmt: skip
     return out
+
+
+_LEVELS = {
+    "point": "",
+    "configuration": "_configuration_not_seen",
+    "pair": "_model_not_seen_on_gpu",
+}
+"""What of the known rows a prediction leaves out -> how its quantity is called."""
+
+
+def _at_rate(columns: Columns, rate_tps: Any) -> Columns:
+    """The same rows, serving at another token rate."""
+    columns = {**columns, "output_throughput_tokens_per_sec": rate_tps}
+    return {**columns, **serving_power.work(columns)}
 
 
 def _roofline_w(gpu_name: str, columns: Columns) -> Any:
@@ -496,40 +504,25 @@ def _interpolated(columns: Columns, measured: Any, configuration: Any) -> Any:
 
 def _energy_v2(data: Path) -> list[Comparison]:
     """An older engine that leaves GPUs waiting: the same formula, busy for its kernels' time."""
-    columns = find(data / "ml_energy_v2", "text_generation_runs")
+    columns = serving_power.older_rows(data)
     if columns is None:
         return []
-    need(columns, ["Model", "GPU", "TP", "Energy/req (J)", "Token tput (tok/s)",
-                   "Avg Output Tokens", "Avg BS (reqs)"], "ml_energy_v2")  # fmt: skip
-    gpus = columns["TP"] * np.nan_to_num(columns.get("PP", np.ones(size(columns))), nan=1.0)
-    rate, output = columns["Token tput (tok/s)"], columns["Avg Output Tokens"]
-    known = np.array(
-        [card_for(str(one)) is not None and gpu in serving_power.GPUS
-         for one, gpu in zip(columns["Model"], columns["GPU"], strict=True)]
-    )  # fmt: skip
-    known &= np.isfinite(rate) & np.isfinite(columns["Avg BS (reqs)"]) & np.isfinite(gpus)
-    mine = {
-        "model_id": columns["Model"][known], "gpu_model": columns["GPU"][known],
-        "num_gpus": gpus[known], "avg_batch_size": columns["Avg BS (reqs)"][known],
-        "avg_output_len": output[known], "output_throughput_tokens_per_sec": rate[known],
-        "task": np.array(["lm-arena-chat"] * int(known.sum()), dtype=object),
-    }  # fmt: skip
-    if not size(mine):
-        return []
-    measured = (columns["Energy/req (J)"] * rate / output / gpus)[known]
-    work = serving_power.work(mine)
+    pool, quantity = serving_power.older_pool(SHIPPED), serving_power.OLDER
     out = []
-    for label in sorted(set(mine["gpu_model"])):
-        gpu_name = serving_power.GPUS[label]
-        gpu, own = load_gpu(gpu_name), mine["gpu_model"] == label
-        rates = take(work, own)
-        busy = np.minimum(1.0, rates["busy_frac"])
-        constants = serving_power.watts_of(gpu)
-        predicted = serving_power.formula_w(gpu, constants, rates, busy)
-        always = serving_power.formula_w(gpu, constants, rates)
-        watts = measured[own]
-        naive = {"always_busy": always, "constant": np.full(len(watts), np.median(watts))}
-        out.append(Comparison("ml_energy_v2", gpu_name, "all", "power_w", predicted, watts, naive))
+    for label in sorted(set(columns["gpu_model"])):
+        name = serving_power.GPUS[label]
+        gpu, mine = load_gpu(name), take(columns, columns["gpu_model"] == label)
+        watts = quantity.measured(mine)
+        naive = {
+            "formula_without_corrections": quantity.computed(mine),
+            "always_busy": serving_power.formula_w(gpu, serving_power.watts_of(gpu), mine),
+            "constant": np.full(len(watts), np.median(watts)),
+        }
+        for level, suffix in _LEVELS.items():
+            predicted = quantity.predict(pool, mine, level)
+            out.append(
+                Comparison("ml_energy_v2", name, "all", f"power_w{suffix}", predicted, watts, naive)
+            )
     return out
 
 
@@ -537,35 +530,37 @@ _MLPERF_GPUS = {"H200-SXM": "h200-sxm", "H100-PCIe": "h100-sxm", "A100-PCIe": "a
 _LANGUAGE = ("llama", "mixtral", "gptj", "bert", "stable-diffusion")
 _UNCAPPED = 1.13
 """Demand of saturated MLPerf runs at full clock over the limit, fitted with the voltages."""
+_RIDGE = 3.0
+"""Pairs that an effect of a benchmark, a scenario or the depth of the cap must outweigh."""
 
 
 def _mlperf(data: Path) -> list[Comparison]:
     """Throughput under a power cap, as a share of that without.
 
-    Work is taken as bound by the clock, with a demand at full clock of `_UNCAPPED` times the
-    limit. What the pairs cannot separate: capped runs also change batch sizes, host and memory
-    bound benchmarks are among them, and the wall power includes the host.
+    Work is taken as bound by the clock, with a demand at full clock of `_UNCAPPED` times the limit:
+    that is the emulator's part, and all there is to language models. Other benchmarks wait for
+    hosts and memory, servers for their slowest requests, and capped runs have other batch sizes.
+    Pairs cannot tell these from the cap, so they are effects of the benchmark, of the scenario and
+    of how deep the cap is, learnt from the pairs of other GPUs or benchmarks.
     """
     columns = find(data / "mlperf_power", "power_cap_vs_full_power")
     if columns is None:
         return []
-    need(columns, ["gpu", "benchmark", "rel_cap", "rel_throughput"], "mlperf_power")
-    out = []
-    predicted = np.zeros(size(columns))
-    for row in range(size(columns)):
-        name = next(
-            (gpu for part, gpu in _MLPERF_GPUS.items() if part in columns["gpu"][row]), "h100-sxm"
-        )
-        predicted[row] = capped_share(name, float(columns["rel_cap"][row]))
-    measured = columns["rel_throughput"]
+    need(columns, ["gpu", "benchmark", "scenario", "rel_cap", "rel_throughput"], "mlperf_power")
+    known = find(SHIPPED / "mlperf_power", "power_cap_vs_full_power")
+    assert known is not None, "shipped data are part of the package"
+    alone, measured = _capped_shares(columns), columns["rel_throughput"]
+    predicted = alone * np.exp(_cap_effects(columns, known))
     naive = {
+        "clock_bound_work": alone,
         "proportional_to_cap": columns["rel_cap"],
         "no_effect": np.ones(len(measured)),
-        "constant": np.full(len(measured), np.median(measured)),
+        "constant": np.full(len(measured), np.median(known["rel_throughput"])),
     }
     language = np.array(
         [any(part in one for part in _LANGUAGE) for one in columns["benchmark"]], bool
     )
+    out = []
     for label, own in (("all", np.ones(len(measured), bool)), ("language and diffusion", language)):
         if own.any():
             some = {name: values[own] for name, values in naive.items()}
@@ -573,6 +568,40 @@ def _mlperf(data: Path) -> list[Comparison]:
                 Comparison("mlperf_power", "all", label, "throughput_under_cap_points",
                            predicted[own], measured[own], some, differences=True)
             )  # fmt: skip
+    return out
+
+
+def _capped_shares(columns: Columns) -> Any:
+    shares = []
+    for label, cap in zip(columns["gpu"], columns["rel_cap"], strict=True):
+        gpu = next((gpu for part, gpu in _MLPERF_GPUS.items() if part in label), "h100-sxm")
+        shares.append(capped_share(gpu, float(cap)))
+    return np.array(shares)
+
+
+def _cap_effects(columns: Columns, known: Columns) -> Any:
+    """Logs of throughput over that of clock-bound work; ridge regression without a pair's kind.
+
+    A kind is a benchmark on a GPU, in whatever scenario.
+    """
+    # Versions and accuracy targets of a benchmark are the same work.
+    benchmark, theirs = (
+        np.array([re.sub(r"(-v2)?(-99.*)?$", "", one) for one in each["benchmark"]], dtype=object)
+        for each in (columns, known)
+    )
+    names = [*sorted(set(theirs)), *sorted(set(known["scenario"]))]
+
+    def design(each: Columns, kinds: Any) -> Any:
+        held = [(kinds == name) | (each["scenario"] == name) for name in names]
+        return np.column_stack([*held, 3.0 * np.log(each["rel_cap"] / 0.63)]).astype(float)
+
+    x, own = design(known, theirs), design(columns, benchmark)
+    y = np.log(known["rel_throughput"] / _capped_shares(known))
+    out = np.zeros(len(benchmark))
+    for row in range(len(out)):
+        rest = (theirs != benchmark[row]) | (known["gpu"] != columns["gpu"][row])
+        normal = x[rest].T @ x[rest] + _RIDGE * np.eye(x.shape[1])
+        out[row] = own[row] @ np.linalg.solve(normal, x[rest].T @ y[rest])
     return out
 
 
@@ -598,34 +627,36 @@ def capped_share(gpu_name: str, rel_cap: float) -> float:
 # Heat.
 
 _BIOHPC_GPUS = {"A100": (300.0, "a100-80gb"), "H100": (350.0, "h100-sxm")}
+_EXPONENTS = np.linspace(0.4, 2.0, 17)
+_DRIFT_MONTHS = 3.0
+"""Over so many months what was measured loses weight by e."""
 
 
 def _biohpc(data: Path) -> list[Comparison]:
     """Hourly temperature from hourly power, one month left out at a time.
 
-    The thermal exponent is the profile's; offset and resistance belong to the server's cooling and
-    are fitted per kind of server.
+    The thermal exponent is the profile's; where we have no profile of the card it is fitted.
+    Resistance and each server's offset belong to its cooling. They are fitted on the rows we ship.
     """
     columns = find(data / "biohpc_gpu_servers", "gpu_hourly")
     if columns is None:
         return []
-    need(columns, ["gpus", "timestamp", "power_avg_w", "temp_avg_c"], "biohpc gpu_hourly")
+    need(columns, _BIOHPC, "biohpc gpu_hourly")
+    shipped = find(SHIPPED / "biohpc_gpu_servers", "gpu_hourly")
+    assert shipped is not None, "shipped data are part of the package"
     out = []
     for part in ("A40", "A100", "H100", "A6000"):
-        own = np.array([part in one for one in columns["gpus"]])
-        if own.sum() < 30:
+        mine, known = _of_card(columns, part), _of_card(shipped, part)
+        if not size(mine):
             continue
-        mine = take(columns, own)
         limit_w, gpu_name = _BIOHPC_GPUS.get(part, (300.0, ""))
-        exponent = load_gpu(gpu_name).thermal_exponent if gpu_name else 1.0
-        share = np.maximum(mine["power_avg_w"], 1.0) / limit_w
+        exponents = [load_gpu(gpu_name).thermal_exponent] if gpu_name else _EXPONENTS
         measured = mine["temp_avg_c"]
-        month = np.array([str(one)[:7] for one in mine["timestamp"]], dtype=object)
-        predicted = _straight(share**exponent, measured, month)
         naive = {
-            "straight_line": _straight(share, measured, month),
-            "constant": np.full(len(measured), np.median(measured)),
+            "straight_line": _settled(mine, known, limit_w, [1.0]),
+            "constant": np.full(len(measured), np.median(known["temp_avg_c"])),
         }
+        predicted = _settled(mine, known, limit_w, exponents)
         out.append(
             Comparison("biohpc_gpu_servers", gpu_name or part.lower(), part, "temperature_c",
                        predicted, measured, naive, differences=True)
@@ -633,17 +664,52 @@ def _biohpc(data: Path) -> list[Comparison]:
     return out
 
 
-def _straight(x: Any, y: Any, groups: Any) -> Any:
-    """A straight line, least squares, fitted without the row's group."""
-    out = np.full(len(x), np.nan)
-    for group in np.unique(groups):
-        own = groups == group
-        rest = ~own
-        if rest.sum() < 10:
-            rest = np.ones(len(x), bool)
-        slope, offset = np.polyfit(x[rest], y[rest], 1)
-        out[own] = slope * x[own] + offset
+_BIOHPC = ["server", "gpus", "timestamp", "power_avg_w", "temp_avg_c"]
+
+
+def _of_card(columns: Columns, part: str) -> Columns:
+    """Usable hours of servers with such a card."""
+    own = np.array([part in one for one in columns["gpus"]], bool)
+    own &= np.isfinite(columns["power_avg_w"]) & np.isfinite(columns["temp_avg_c"])
+    return take(columns, own)
+
+
+def _settled(mine: Columns, known: Columns, limit_w: float, exponents: Any) -> Any:
+    """Temperatures by offset + rise (P / limit) ** exponent, fitted without a row's month.
+
+    Air at the inlets was not recorded, and drifts: months count by how near they are.
+    """
+    servers = sorted(set(known["server"]))
+
+    def design(each: Columns, exponent: float) -> Any:
+        share = (np.maximum(each["power_avg_w"], 1.0) / limit_w) ** exponent
+        # A server that we do not know has the mean offset.
+        held = np.array([each["server"] == name for name in servers], float).T
+        held[held.sum(axis=1) == 0] = 1.0 / len(servers)
+        return np.column_stack([share, held])
+
+    def fit(rows: Columns, weight: Any, exponent: float) -> tuple[float, Any]:
+        x, y = design(rows, exponent), rows["temp_avg_c"]
+        root = np.sqrt(weight)
+        best = np.linalg.lstsq(x * root[:, None], y * root, rcond=None)[0]
+        return float(np.average(np.abs(x @ best - y), weights=weight)), best
+
+    months, theirs = (_months(each["timestamp"]) for each in (mine, known))
+    out = np.zeros(len(months))
+    for month in np.unique(months):
+        rest = take(known, theirs != month)
+        apart = np.abs(theirs[theirs != month] - month)
+        weight = np.exp(-apart / _DRIFT_MONTHS) + 0.01
+        fits = [(*fit(rest, weight, exponent), exponent) for exponent in exponents]
+        _, best, exponent = min(fits, key=lambda one: one[0])
+        own = months == month
+        out[own] = design(take(mine, own), exponent) @ best
     return out
+
+
+def _months(timestamps: Any) -> Any:
+    """Months since the year 0."""
+    return np.array([int(str(one)[:4]) * 12 + int(str(one)[5:7]) for one in timestamps])
 
 
 SETS: dict[str, Callable[[Path], list[Comparison]]] = {
@@ -685,7 +751,9 @@ def compare(data: Path | None = None, sets: Iterable[str] = ()) -> list[Comparis
         if (data / name).is_dir():
             out += SETS[name](data)
     if not out:
-        raise SpecError(f"fidelity data {data}: none of {', '.join(wanted)} is there")
+        raise SpecError(
+            f"fidelity data {data}: no row of {', '.join(wanted)} that can be compared is there"
+        )
     return out
 
 

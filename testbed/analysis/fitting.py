@@ -234,13 +234,34 @@ def _moe(dtypes: tuple[str, ...]) -> Callable[[Path, str], Sample | None]:
     def load(data: Path, gpu: str) -> Sample | None:
         columns = _aic(data, gpu, "moe")
         if columns is None:
-            return None
+            return _moe_of_vllm(data, gpu) if "bfloat16" in dtypes else None
         wanted = np.isin(columns["moe_dtype"].astype(str), dtypes)
         columns = take(columns, wanted & (columns["num_tokens"] <= 20000))
         shape = ["hidden_size", "inter_size", "topk", "num_experts"]
         return _sample(columns, "latency_ms", 1e-3, shape)
 
     return load
+
+
+def _moe_of_vllm(data: Path, gpu: str) -> Sample | None:
+    """Experts profiled inside vLLM, with the number that was woken."""
+    from emulators.models import load_model
+
+    columns = _vllm(data, gpu, "moe")
+    if columns is None or not size(columns):
+        return None
+    cards = [load_model(VLLM_MODELS[name]) for name in columns["model"]]
+    columns = {
+        **columns,
+        "num_tokens": columns["tokens"],
+        "hidden_size": np.array([card.hidden for card in cards], float),
+        "inter_size": np.array([card.ffn for card in cards], float),
+        "num_experts": np.array([card.experts for card in cards], float),
+        "topk": np.array([card.experts_active for card in cards], float),
+        "moe_tp_size": columns["tp"],
+        "moe_ep_size": np.ones(len(cards)),
+    }
+    return _sample(columns, "time_us", 1e-6, ["model", "tp", "activated_experts"])
 
 
 def _reduce(data: Path, gpu: str) -> Sample | None:
@@ -342,6 +363,7 @@ def _predict_moe(speed: float, weight: float) -> Callable[[Any, Chip, Columns], 
         return kernels.moe_s(
             moe, chip, c["num_tokens"], c["hidden_size"], c["inter_size"], c["num_experts"],
             c["topk"], tp=c["moe_tp_size"], ep=c["moe_ep_size"], weight_bytes=weight, speed=speed,
+            woken=c.get("activated_experts"),
         )  # fmt: skip
 
     return predict
@@ -352,6 +374,7 @@ def _roof_moe(speed: float, weight: float) -> Callable[[Chip, Columns], Any]:
         one = 3.0 * c["hidden_size"] * c["inter_size"] / c["moe_tp_size"]
         routed = c["num_tokens"] * c["topk"] / c["moe_ep_size"]
         awake = np.minimum(routed, c["num_experts"] / c["moe_ep_size"])
+        awake = c.get("activated_experts", awake)
         return _roof(chip, 2.0 * one * routed / speed, one * weight * awake)
 
     return roofline
@@ -407,6 +430,14 @@ def _tile(gpu: str) -> dict[str, Any]:
     return {"rows": 128.0 if packs else 64.0, "packs_groups": packs}
 
 
+def _routing(gpu: str) -> dict[str, Any]:
+    """How tokens spread over experts was measured on servers only."""
+    if gpu not in _CARDS:
+        return {}
+    moe = load_gpu("h100-sxm").moe_bf16
+    return {"spread": moe.spread, "hot": moe.hot}
+
+
 _SET = "aiconfigurator kernels (ai-dynamo/aiconfigurator 095f58a, Apache-2.0)"
 _OWN = "vLLM 0.19 kernel profiles (casys-kaist/LLMServingSim 5daddb2, MIT)"
 
@@ -427,7 +458,7 @@ KERNELS = [
            {"start_s": 8e-6, "peak_frac": 0.5}, {"start_s": 1e-6, "peak_frac": 0.05},
            {"start_s": 1e-4, "peak_frac": 1.0}, _nothing, _SET),
     Kernel("moe_bf16", Moe, _moe(("bfloat16",)), _predict_moe(1.0, 2.0), _roof_moe(1.0, 2.0),
-           _MOE_START, _MOE_LOW, _MOE_HIGH, _nothing, _SET),
+           _MOE_START, _MOE_LOW, _MOE_HIGH, _routing, _SET),
     Kernel("moe_fp8", Moe, _moe(("fp8", "fp8_block")), _predict_moe(2.0, 1.0), _roof_moe(2.0, 1.0),
            _MOE_START, _MOE_LOW, _MOE_HIGH, _nothing, _SET),
     Kernel("reduce", Reduce, _reduce, _predict_reduce, _roof_reduce,
@@ -535,6 +566,7 @@ def _toml(value: Any) -> str:
 
 
 _HEIRS = {"a100-80gb": ["a100-40gb"], "h200-sxm": ["b200-sxm"]}
+_MOE_HEIRS = {"rtx-pro-6000": ["rtx-4090"]}
 """GPUs whose kernels were not measured, and the ones they take constants from."""
 _FP8_HEIRS = {"h100-sxm": ["h200-sxm", "b200-sxm"], "h200-sxm": []}
 """H200 was measured with scales per block only, in kernels that take 75 us from 32 to 512 tokens
@@ -556,6 +588,8 @@ def fit_kernels(data: Path, profiles: Path, date: str) -> dict[str, Any]:
             out[f"{gpu}/{kernel.name}"] = [msgspec.to_builtins(part) for part in parts]
             source = kernel.source if gpu in _SYSTEMS else _OWN
             heirs = [gpu, *_HEIRS.get(gpu, [])]
+            if kernel.name == "moe_bf16":
+                heirs += _MOE_HEIRS.get(gpu, [])
             if kernel.name == "gemm_fp8":
                 heirs = _FP8_HEIRS[gpu]
                 heirs = [gpu, *heirs] if heirs else []

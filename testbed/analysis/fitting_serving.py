@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import least_squares
 
+from emulators.corrections import BATCHES, Correction, precision_of, steady_state, steady_w
 from emulators.kernels import reduce_s
-from emulators.models import load_model
+from emulators.models import available_models, load_model
 from emulators.profiles import load_gpu
 from emulators.timing import IterationCost, Stack
-from testbed.analysis import serving_power, silicon
-from testbed.analysis.fitting import error_text, set_constant
+from testbed.analysis import pooling, serving_power, silicon
+from testbed.analysis.fitting import error_text, rounded, set_constant
 from testbed.analysis.measured import (
     FOLDS,
     Columns,
@@ -207,172 +208,7 @@ def fit_splitwise(data: Path) -> dict[str, Any]:
     return out
 
 
-# Closed-loop benchmarks: one stack per (GPU, engine).
-
-STACK_NAMES = ("kernel_scale", "iteration_s", "seq_s", "first_s", "burst", "prefill_scale")
-_BASE = (1.0, 1e-3, 1e-5)
-_STEP = (0.15, 1e-3, 2e-5)
-_SHRINK = 4.0
-"""Rows that an effect of a model must outweigh: with so many it counts half."""
-
-
-class SiliconFit(msgspec.Struct, frozen=True):
-    """One benchmark harness on one GPU and engine, for one fold."""
-
-    stack: list[float]
-    """`STACK_NAMES`."""
-    effects: dict[str, list[float]]
-    """Per model, and per model and precision: log factors on TTFT and TPOT that rows of other
-    configurations show. An engine's kernels for a model are not described by its card."""
-
-    def engine(self) -> Stack:
-        """The part that the emulated engine runs with."""
-        scale, iteration_s, seq_s = self.stack[:3]
-        return Stack(iteration_s=iteration_s, seq_s=seq_s, kernel_scale=scale)
-
-    def times_s(self, setup: silicon.Setup, steady: Any, burst: Any, tpot: Any) -> tuple[Any, Any]:
-        """TTFT and TPOT as the benchmark would report them, from the engine's."""
-        _, _, _, first_s, share, prefill_scale = self.stack
-        ttft = first_s + prefill_scale * ((1 - share) * steady + share * burst)
-        for key in effect_keys(setup):
-            effect = self.effects.get(key)
-            if effect is not None:
-                ttft, tpot = ttft * np.exp(effect[0]), tpot * np.exp(effect[1])
-        return ttft, tpot
-
-
-def effect_keys(setup: silicon.Setup) -> tuple[str, str]:
-    """Levels at which effects are pooled, coarse first."""
-    return setup.model, f"{setup.model}|{setup.precision}"
-
-
-def harness(setup: silicon.Setup) -> str:
-    """Rows that share a stack: GPU, engine, and the kind of benchmark they come from."""
-    return f"{setup.gpu}/{setup.backend}/{'drawn' if setup.spread else 'fixed'}"
-
-
-def fit_silicon(data: Path) -> dict[str, Any]:
-    """`SiliconFit` per harness, all rows first and then without each fold, below saturation.
-
-    The engine is run at four stacks per row; between them its times are taken as linear in the
-    stack's constants, which makes the fit, and its folds, cheap.
-    """
-    columns = find(data / "llm_e2e_silicon", "silicon_sample")
-    if columns is None:
-        return {}
-    setups = silicon.setups(columns)
-    stacks = [_BASE] + [
-        tuple(value + (_STEP[index] if at == index else 0.0) for at, value in enumerate(_BASE))
-        for index in range(3)
-    ]
-    tables: dict[str, list[Any]] = {}
-    for row, one in enumerate(setups):
-        if one is None:
-            continue
-        served = [
-            silicon.serve(one, Stack(stack[1], stack[2], kernel_scale=stack[0])) for stack in stacks
-        ]
-        if any(answer is None or answer.kv_demand_frac > SATURATED for answer in served):
-            continue
-        answers = [list(answer[:3]) for answer in served if answer is not None]
-        pair = [columns["silicon_ttft_ms"][row] / 1e3, columns["silicon_tpot_ms"][row] / 1e3]
-        tables.setdefault(harness(one), []).append((one, answers, pair))
-    out: dict[str, Any] = {}
-    apes = []
-    for name, rows in sorted(tables.items()):
-        chosen = [row[0] for row in rows]
-        times: Any = np.array([row[1] for row in rows])  # row, stack, (steady, burst, tpot)
-        measured: Any = np.array([row[2] for row in rows])
-        slopes = (times[:, 1:] - times[:, :1]) / np.array(_STEP)[None, :, None]
-        folds = fold_of([one.configuration for one in chosen])
-        everything = np.ones(len(rows), bool)
-        fits = [_fit_harness(chosen, times[:, 0], slopes, measured, everything)]
-        for fold in range(FOLDS):
-            rest = folds != fold
-            fits.append(
-                _fit_harness(chosen, times[:, 0], slopes, measured, rest)
-                if rest.sum() > 8
-                else SiliconFit([1.0, 1e-3, 1e-5, 0.05, 0.1, 1.0], {})
-            )
-        for row, one in enumerate(chosen):
-            fit = fits[folds[row] + 1]
-            steady, burst, tpot = _linear(fit.stack, times[row, 0], slopes[row])
-            ttft, tpot = fit.times_s(one, steady, burst, tpot)
-            apes.append((name, abs(ttft / measured[row, 0] - 1), abs(tpot / measured[row, 1] - 1)))
-        mine = np.array([ape[1:] for ape in apes if ape[0] == name])
-        print(
-            f"{name:26s} {len(rows):4d} rows  {np.round(fits[0].stack, 5)}  APE median: "
-            f"TTFT {np.median(mine[:, 0]):.1%}, TPOT {np.median(mine[:, 1]):.1%}",
-            flush=True,
-        )
-        out[f"silicon/{name}"] = [msgspec.to_builtins(fit) for fit in fits]
-    every = np.array([ape[1:] for ape in apes])
-    print(
-        f"all {len(every)} rows  TTFT {np.median(every[:, 0]):.1%}, "
-        f"TPOT {np.median(every[:, 1]):.1%}"
-    )
-    return out
-
-
-SATURATED = 0.95
-"""Share of the KV blocks that all users want, from which queues for memory rule a row."""
-
-
-def _linear(stack: Any, base: Any, slopes: Any) -> Any:
-    """Steady TTFT, burst TTFT and TPOT at a stack, last axis of ``base`` first."""
-    shift = np.array(stack[:3]) - np.array(_BASE)
-    times = base + np.einsum("...sk,s->...k", slopes, shift)
-    return np.moveaxis(np.maximum(times, 1e-5), -1, 0)
-
-
-def _fit_harness(
-    setups: list[silicon.Setup], base: Any, slopes: Any, measured: Any, rows: Any
-) -> SiliconFit:
-    """Stack by least squares of logs, then effects of models by shrunken medians."""
-    base, slopes, measured = base[rows], slopes[rows], measured[rows]
-    chosen = [one for one, kept in zip(setups, rows, strict=True) if kept]
-
-    def predict(constants: Any) -> Any:
-        steady, burst, tpot = _linear(constants, base, slopes)
-        first_s, share, scale = constants[3:]
-        return np.stack([first_s + scale * ((1 - share) * steady + share * burst), tpot], axis=1)
-
-    def residuals(constants: Any) -> Any:
-        # A weak prior keeps a stack with few rows near kernels as measured.
-        prior = [constants[0] - 1.0, 0.6 * (constants[5] - 1.0)]
-        return np.concatenate([np.log(predict(constants) / measured).ravel(), prior])
-
-    best = least_squares(
-        residuals, [1.0, 1e-3, 1e-5, 0.03, 0.1, 1.0],
-        bounds=([0.4, 0.0, 0.0, 0.0, 0.0, 0.3], [2.5, 0.02, 3e-4, 0.6, 0.7, 4.0]),
-        x_scale=[0.1, 1e-3, 1e-5, 0.02, 0.1, 0.1], loss="soft_l1", f_scale=0.1,
-    )  # fmt: skip
-    left = np.log(measured / predict(best.x))
-    effects: dict[str, list[float]] = {}
-    for level in range(2):
-        labels = np.array([effect_keys(one)[level] for one in chosen], dtype=object)
-        for label in sorted(set(labels)):
-            mine = labels == label
-            shrink = mine.sum() / (mine.sum() + _SHRINK)
-            effect = np.median(left[mine], axis=0) * shrink
-            left[mine] -= effect
-            effects[label] = effect.tolist()
-    return SiliconFit(best.x.tolist(), effects)
-
-
 # ML.ENERGY: token gap and power of saturated serving.
-
-
-def energy_rows(data: Path) -> Columns | None:
-    """Rows of `ml_energy_v3` that are known, with their `serving_power.work`."""
-    columns = find(data / "ml_energy_v3", "llm_runs")
-    if columns is None:
-        return None
-    columns = take(columns, serving_power.known(columns))
-    if not size(columns):
-        return None
-    rates = serving_power.work(columns)
-    return {**columns, **{name: rates[name] for name in rates if name not in columns}}
 
 
 def _gap(c: Any, q: Columns) -> Any:
@@ -413,7 +249,7 @@ _SOURCE = "ML.ENERGY v3 (ml-energy/leaderboard 0cd52da), dense models on text, f
 
 def fit_energy(data: Path, profiles: Path, date: str) -> dict[str, Any]:
     """Token gap and formula constants per GPU model; writes the latter into profiles."""
-    columns = energy_rows(data)
+    columns = serving_power.energy_rows(data)
     out: dict[str, Any] = {}
     if columns is None:
         return out
@@ -461,35 +297,215 @@ def fit_energy(data: Path, profiles: Path, date: str) -> dict[str, Any]:
     return out
 
 
-def fit_pool(data: Path, folder: Path) -> None:
-    """Hyperparameters of `serving_power.Pool`, by marginal likelihood; writes pooled.json."""
-    columns = energy_rows(data)
+def _means(ratios: list[list[float]]) -> list[float]:
+    return [float(np.exp(np.mean(np.log(row)))) for row in ratios]
+
+
+def fit_pools(data: Path, folder: Path) -> None:
+    """Hyperparameters of `pooling.Pool` by marginal likelihood; writes pooled.json."""
+    best: dict[str, pooling.Pooled] = {}
+    energy = serving_power.energy_rows(data)
+    if energy is not None:
+        for name, one in serving_power.QUANTITIES.items():
+            rows, logs = one.rows(energy), one.logs(energy)
+            best[name] = pooling.fit(rows, logs, serving_power.EFFECTS, serving_power.COURSES)
+            _report(name, rows, logs, best[name], ("point", "configuration", "pair"))
+    older = serving_power.older_rows(data)
+    if older is not None:
+        rows, logs = serving_power.OLDER.rows(older), serving_power.OLDER.logs(older)
+        pooled = pooling.fit(rows, logs, serving_power.EFFECTS, serving_power.COURSES)
+        best["power_v2"] = pooled
+        _report("power_v2", rows, logs, pooled, ("point", "configuration", "pair"))
+    served = silicon.served_rows(data)
+    if served is not None:
+        served = served.below_saturation()
+        for name, (most, steps) in _SILICON_FIT.items():
+            rows, logs = served.rows(), served.logs(name)
+            best[name] = pooling.fit(
+                rows, logs, silicon.EFFECTS, silicon.COURSES, most=most, steps=steps
+            )
+            _report(name, rows, logs, best[name], ("point", "configuration", "family"))
+    tree = rounded(msgspec.to_builtins(best))
+    (folder / "pooled.json").write_bytes(
+        msgspec.json.format(msgspec.json.encode(tree), indent=1) + b"\n"
+    )
+
+
+_SILICON_FIT = {"ttft": (900, 16), "tpot": (450, 12)}
+"""Rows and steps of the search: the work grows with the cube of the rows. TPOT gains nothing from
+more of them where whole families are left out."""
+
+
+def _report(
+    name: str, rows: pooling.Rows, logs: Any, pooled: pooling.Pooled, levels: tuple[str, ...]
+) -> None:
+    pool = pooling.Pool(rows, logs, pooled)
+    for level in levels:
+        off = np.abs(np.exp(pool.predict(rows, level) - logs) - 1)
+        print(f"{name:6s} {level} left out: APE median {np.median(off):.1%}, mean {off.mean():.1%}")
+
+
+# What the emulator takes over: `emulators/corrections.toml`.
+
+_TASKS = ("lm-arena-chat", "sourcegraph-fim", "gpqa")
+"""Tasks that corrections are learnt from, the first that a model was measured with. Image tasks
+include waiting for images, which the engine models by itself."""
+_LEAST_PARAMS = 2e9
+"""Models far below those measured take what models of their kind share."""
+HEIRS = {"h200-sxm": "h100-sxm"}
+"""GPUs that were not measured, and those that they are most like."""
+
+
+def fit_corrections(folder: Path, path: Path, date: str) -> None:
+    """Ratios of measured to computed gap and power over batch sizes, for each model and GPU."""
+    pools = serving_power.pools(folder)
+    columns = serving_power.energy_rows(folder)
     if columns is None:
         return
-    width = len(serving_power.FEATURES) + 1
+    card = np.array([card_for(one) for one in columns["model_id"]], dtype=object)
+    precision = np.array([_precision(columns, row) for row in range(size(columns))], dtype=object)
+    families = keys({**columns, "card": card, "precision": precision},
+                    ["gpu_model", "card", "precision", "num_gpus"])  # fmt: skip
+    out: list[Correction] = []
+    for family in sorted(set(families)):
+        rows = families == family
+        task = next((one for one in _TASKS if (columns["task"][rows] == one).any()), None)
+        if task is not None:
+            mine = take(columns, rows & (columns["task"] == task))
+            out.append(_correction(mine, pools, date))
+    found = list(out)
+    for name in available_models():
+        if load_model(name).params < _LEAST_PARAMS:
+            continue
+        for label in ("H100", "B200"):
+            alike = _alike(name, label, pools, date)
+            mine_too = [one for one in found if (one.model, one.gpu) == (name, alike.gpu)]
+            if not any(one.precision == alike.precision for one in mine_too):
+                out.append(alike)
+    out += _in_common(found, date)
+    lines = ["# Written by testbed.analysis.fitting_serving; see emulators/corrections.py.", ""]
+    lines += ["[heirs]", *(f"{name} = {json.dumps(like)}" for name, like in HEIRS.items())]
+    for one in out:
+        # JSON's strings, numbers and lists are TOML's.
+        entries = msgspec.to_builtins(one).items()
+        lines += ["", "[[correction]]"]
+        lines += [f"{name} = {json.dumps(value)}" for name, value in entries]
+    path.write_text("\n".join(lines) + "\n")
 
-    def pooled(theta: Any) -> serving_power.Pooled:
-        values = np.exp(theta)
-        return serving_power.Pooled(
-            lengths=values[:width].tolist(), smooth=float(values[width]),
-            linear=float(values[width + 1]), model=float(values[width + 2]),
-            pair=float(values[width + 3]), configuration=float(values[width + 4]),
-            noise={"H100": float(values[width + 5]), "B200": float(values[width + 6])},
+
+def _precision(columns: Columns, row: int) -> str:
+    cost = serving_power.cost_of({name: values[row] for name, values in columns.items()})
+    return precision_of(cost.model)
+
+
+def _correction(mine: Columns, pools: dict[str, pooling.Pool], date: str) -> Correction:
+    """Of rows of one model, GPU, precision and number of GPUs, on one task."""
+    first = {name: values[0] for name, values in mine.items()}
+    # Where the same card was measured under two names, their mean.
+    names = sorted(set(mine["model_id"]))
+    asked = serving_power.asked_batch(mine)
+    batches = [size_of for size_of in BATCHES if asked.min() <= size_of <= asked.max()]
+    batches = batches or [BATCHES[int(np.argmin(np.abs(np.log(np.array(BATCHES) / asked.min()))))]]
+    output = float(np.median(mine["avg_output_len"]))
+    gap, power = [], []
+    for batch in batches:
+        ratios = [_ratios({**first, "model_id": name}, batch, output, pools) for name in names]
+        gap.append(float(np.exp(np.mean([np.log(one[0]) for one in ratios]))))
+        power.append(float(np.exp(np.mean([np.log(one[1]) for one in ratios]))))
+    off = {
+        name: np.abs(one.predict(pools[name], mine, "point") / one.measured(mine) - 1).mean()
+        for name, one in serving_power.QUANTITIES.items()
+    }
+    return Correction(
+        gpu=serving_power.GPUS[first["gpu_model"]], model=card_for(first["model_id"]) or "",
+        precision=precision_of(serving_power.cost_of(first).model), num_gpus=int(first["num_gpus"]),
+        prompt_tokens=serving_power.PROMPT_TOKENS[first["task"]], output_tokens=round(output),
+        batch=batches, gap=rounded(gap), power=rounded(power),
+        source=f"ML.ENERGY v3 (ml-energy/leaderboard 0cd52da), {first['task']}, pooled",
+        date=date,
+        error=f"mean error at batch sizes left out: gap {off['gap']:.1%}, power {off['power']:.1%}",
+    )  # fmt: skip
+
+
+def _alike(name: str, label: str, pools: dict[str, pooling.Pool], date: str) -> Correction:
+    """Of a model that was not measured with text on a GPU: by its shape, from all others."""
+    model, gpu = load_model(name), load_gpu(serving_power.GPUS[label])
+    num_gpus = next(
+        (count for count in (1, 2, 4) if model.weight_bytes < 0.7 * count * gpu.memory_bytes), 8
+    )
+    width = precision_of(model)
+    row = {
+        "model_id": name, "gpu_model": label, "task": _TASKS[0], "num_gpus": float(num_gpus),
+        "tensor_parallel": float(num_gpus) if model.experts == 1 else 1.0,
+        "expert_parallel": float(num_gpus) if model.experts > 1 else 1.0, "data_parallel": 1.0,
+        "weight_precision": {"bf16": "bfloat16", "fp8": "fp8", "4-bit": "mxfp4"}[width],
+    }  # fmt: skip
+    batches, output = [8, 16, 32, 64, 128, 256], 500.0
+    ratios = [_ratios(row, batch, output, pools, leave="pair") for batch in batches]
+    return Correction(
+        gpu=gpu.name, model=name, precision=width, num_gpus=num_gpus,
+        prompt_tokens=serving_power.PROMPT_TOKENS[_TASKS[0]], output_tokens=round(output),
+        batch=batches, gap=rounded([one[0] for one in ratios]),
+        power=rounded([one[1] for one in ratios]),
+        source="not measured here with text: from models of like shape in ML.ENERGY v3, pooled",
+        date=date, error="of models left out whole: see docs/fidelity.md",
+    )  # fmt: skip
+
+
+def _ratios(
+    row: dict[str, Any], batch: int, output: float, pools: dict[str, pooling.Pool], leave: str = ""
+) -> tuple[float, float]:
+    """Gap and power at a batch size, pooled over computed."""
+    row = {**row, "avg_batch_size": float(batch), "max_num_seqs": float(batch),
+           "avg_output_len": output,
+           "output_throughput_tokens_per_sec": 1.0}  # fmt: skip
+    row.update(serving_power.work_of(row))
+    one = _one_row(row)
+    gap_s = serving_power.QUANTITIES["gap"].predict(pools["gap"], one, leave)[0]
+    row["output_throughput_tokens_per_sec"] = batch / gap_s
+    row.update(serving_power.work_of(row))
+    one = _one_row(row)
+    # As the emulator serves it: tensor-parallel throughout, with the host of the profile.
+    cost = IterationCost(
+        serving_power.cost_of(row).model, load_gpu(serving_power.GPUS[row["gpu_model"]]),
+        tp=int(row["num_gpus"]), correct=False,
+    )  # fmt: skip
+    computed_s, flops, moved = steady_state(cost, batch, serving_power.prompt_of(row)[0], output)
+    watts = steady_w(cost, gap_s, flops, moved)
+    wanted_w = serving_power.QUANTITIES["power"].predict(pools["power"], one, leave)[0]
+    return float(gap_s / computed_s), float(wanted_w / watts)
+
+
+def _one_row(row: dict[str, Any]) -> Columns:
+    return {
+        name: np.array([value], dtype=object if isinstance(value, str) else float)
+        for name, value in row.items()
+    }
+
+
+def _in_common(found: list[Correction], date: str) -> list[Correction]:
+    """What models of a kind and precision share on each GPU: geometric means of those measured."""
+    groups: dict[tuple[str, str, str], list[Correction]] = {}
+    for one in found:
+        kind = "experts" if load_model(one.model).experts > 1 else "dense"
+        groups.setdefault((one.gpu, kind, one.precision), []).append(one)
+    batches = [size_of for size_of in BATCHES if 8 <= size_of <= 512]
+    out = []
+    for (gpu, kind, precision), mine in sorted(groups.items()):
+        gap = _means([[one.at(one.gap, size_of) for one in mine] for size_of in batches])
+        power = _means([[one.at(one.power, size_of) for one in mine] for size_of in batches])
+        spread = np.std([np.log(one.at(one.power, 64)) for one in mine])
+        out.append(
+            Correction(
+                gpu=gpu, model=kind, precision=precision, num_gpus=1,
+                prompt_tokens=round(np.median([one.prompt_tokens for one in mine])),
+                output_tokens=round(np.median([one.output_tokens for one in mine])),
+                batch=batches, gap=rounded(gap), power=rounded(power),
+                source=f"geometric mean of {len(mine)} models and numbers of GPUs", date=date,
+                error=f"standard deviation among them at batch 64: power {spread:.0%}",
+            )
         )  # fmt: skip
-
-    pool = serving_power.Pool(columns, pooled(np.zeros(width + 7)))
-
-    def loss(theta: Any) -> float:
-        value = pool.likelihood(pooled(theta))
-        return -value + 0.1 * float(np.sum((theta[:width] - 1.0) ** 2))
-
-    start = np.concatenate(
-        [np.ones(width), np.log([0.3, 0.3, 0.2, 0.1, 0.05]), np.log([0.01, 0.03])]
-    )
-    best = minimize(loss, start, method="L-BFGS-B", options={"maxiter": 12})
-    (folder / "pooled.json").write_bytes(
-        msgspec.json.format(msgspec.json.encode(pooled(best.x)), indent=1) + b"\n"
-    )
+    return out
 
 
 def main() -> None:
@@ -504,11 +520,9 @@ def main() -> None:
     folds = json.loads(path.read_text())
     folds.update(fit_splitwise(arguments.data))
     folds.update(fit_energy(arguments.data, root / "emulators" / "profiles", arguments.date))
-    folds.update(fit_silicon(arguments.data))
-    from testbed.analysis.fitting import rounded
-
     path.write_text(json.dumps(rounded(folds), indent=0, sort_keys=True) + "\n")
-    fit_pool(arguments.data, folder)
+    fit_pools(arguments.data, folder)
+    fit_corrections(folder, root / "emulators" / "corrections.toml", arguments.date)
 
 
 if __name__ == "__main__":

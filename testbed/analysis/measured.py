@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
+from emulators.models import available_models
 from testbed.core.errors import SpecError
 
 Columns = dict[str, Any]
@@ -48,12 +49,14 @@ def _column(values: pa.ChunkedArray) -> Any:
 
 
 def find(data: Path, *names: str) -> Columns | None:
-    """The first of these files under ``data`` that exists, with any of the known endings."""
+    """The first of these files under ``data`` that has rows, with any of the known endings."""
     for name in names:
         for ending in (".parquet", ".csv.gz", ".csv"):
             path = data / f"{name}{ending}"
             if path.is_file():
-                return read(path)
+                columns = read(path)
+                if size(columns):
+                    return columns
     return None
 
 
@@ -172,10 +175,12 @@ _CARDS = [
 
 
 def card_for(model: str) -> str | None:
-    """Name of the model card for a model as a data set calls it; None if there is none.
+    """Name of the model card for a model as a data set or we call it; None if there is none.
 
     >>> card_for("meta-llama/Llama-3.3-70B-Instruct"), card_for("nobody/Unknown-9B")
     ('llama-3.1-70b', None)
     """
     lower = model.lower()
+    if lower in available_models():
+        return lower
     return next((card for part, card in _CARDS if part in lower), None)

@@ -1,29 +1,25 @@
-"""Power of saturated serving: from configuration and rate to watts, with what is known pooled.
+"""Work and power of saturated serving: from configuration and rate to watts.
 
-Two predictions are made for a row of measured serving.
-
-*The emulator's own*: work per second, from the model card and the measured token rate, times
-energy per unit of work (`emulators.power`). It knows nothing of the model but its shape.
-
-*Pooled*: a Gaussian process (Rasmussen and Williams 2006, ch. 2) over the same work rates, with
-effects for the model, for the model on a GPU and for the configuration. Kernels that an engine
-chooses for a model differ in power by more than their work explains (experts above all), and
-similar models use similar kernels. It says what can be known of a configuration from others; the
-emulator does not use it.
+The emulator's own prediction: work per second, from the model card and the measured token rate,
+times energy per unit of work (`emulators.power`). It knows nothing of the model but its shape. What
+models show beyond that is pooled by `testbed.analysis.pooling`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
+from emulators.corrections import steady_state
 from emulators.models import load_model
 from emulators.profiles import GpuProfile, load_gpu
 from emulators.timing import IterationCost, Precision, Stack
-from testbed.analysis.measured import Columns, card_for, keys, need, size
+from testbed.analysis.measured import Columns, card_for, find, keys, need, size, take
+from testbed.analysis.pooling import Pool, Pooled, Rows
 
 GPUS = {
     "H100": "h100-sxm",
@@ -40,24 +36,25 @@ PROMPT_TOKENS = {
     "video-chat": 60,
 }
 """Text tokens per request (assumed: the set does not state them)."""
+_PROMPT_TOKENS = 120
+"""The same for tasks of other sets."""
 _VIDEO_IMAGES = 4
-_IMAGE_TASKS = ("image-chat", "video-chat")
-_PRECISION: dict[str, Precision | None] = {"bfloat16": None, "fp8": "fp8", "mxfp4": None}
+IMAGE_TASKS = ("image-chat", "video-chat")
+PRECISION: dict[str, Precision | None] = {"bfloat16": None, "fp8": "fp8", "mxfp4": None}
 
-FEATURES = (
-    "iteration_s", "batch", "tensor_frac", "hbm_frac", "kv_frac", "busy_frac", "num_gpus", "fp8",
-    "images", "experts",
-)  # fmt: skip
-CONFIGURATION = ("model_id", "gpu_model", "task", "num_gpus", "tensor_parallel",
-                 "expert_parallel", "data_parallel", "weight_precision")  # fmt: skip
+
+_NEEDED = ["model_id", "gpu_model", "num_gpus", "avg_batch_size", "avg_output_len",
+           "output_throughput_tokens_per_sec", "avg_power_watts"]  # fmt: skip
 
 
 def known(columns: Columns) -> Any:
-    """Which rows have a model card and a GPU profile."""
-    need(columns, ["model_id", "gpu_model"], "ml_energy_v3/llm_runs")
-    cards = np.array([card_for(model) is not None for model in columns["model_id"]])
-    gpus = np.array([gpu in GPUS for gpu in columns["gpu_model"]])
-    return cards & gpus
+    """Which rows have a model card, a GPU profile and what they need measured."""
+    need(columns, [*_NEEDED, "task"], "ml_energy_v3/llm_runs")
+    usable = np.array([card_for(str(model)) is not None for model in columns["model_id"]], bool)
+    usable &= np.array([gpu in GPUS for gpu in columns["gpu_model"]], bool)
+    for name in _NEEDED[2:]:
+        usable &= np.isfinite(columns[name]) & (columns[name] > 0)
+    return usable
 
 
 def work(columns: Columns) -> Columns:
@@ -68,40 +65,30 @@ def work(columns: Columns) -> Columns:
         layers x hidden per second and 1e12, alike on each GPU of an instance), ``sample_frac``
         (decoded tokens x vocabulary per second and 1e12), ``kv_frac`` (the part of ``hbm_frac``
         that reads keys and values), ``busy_frac`` (kernel time over measured time),
-        ``iteration_s`` (measured), ``kernel_s`` (predicted, of one iteration), and features of
-        `Pool`.
+        ``iteration_s`` (measured), ``kernel_s`` (predicted, of one iteration), and what
+        `testbed.analysis.pooling` needs.
     """
     out: dict[str, list[float]] = {}
     for row in range(size(columns)):
-        one = _work_of({name: values[row] for name, values in columns.items()})
+        one = work_of({name: values[row] for name, values in columns.items()})
         for name, value in one.items():
             out.setdefault(name, []).append(value)
     return {name: np.array(values) for name, values in out.items()}
 
 
-def _work_of(row: dict[str, Any]) -> dict[str, float]:
+def work_of(row: dict[str, Any]) -> dict[str, float]:
+    """`work` of one row."""
     model = load_model(card_for(row["model_id"]) or "")
     gpu = load_gpu(GPUS[row["gpu_model"]])
     plain = msgspec.structs.replace(gpu, decode_ops=0.0, sample_ops=0.0)
     num_gpus = int(row["num_gpus"])
-    cost = _cost(row, plain)
+    cost = cost_of(row, plain)
     batch, rate = row["avg_batch_size"], row["output_throughput_tokens_per_sec"]
-    prompt, tiles = _prompt(row)
-    context = prompt + row["avg_output_len"] / 2
+    prompt, tiles = prompt_of(row)
+    output = row["avg_output_len"]
     iteration_s = batch / rate
-    starts = rate / row["avg_output_len"] * iteration_s  # requests that begin per iteration
-    seqs = max(1, round(batch))
-    decode_s = cost.base_s(seqs, 0, 0, 0, 1.0) + batch * context * cost.per_context_token_s(1.0)
-    pairs = 0.5 * prompt * prompt
-    prefill_s = starts * (
-        cost.base_s(seqs, prompt, 1, tiles, 1.0) - cost.base_s(seqs, 0, 0, 0, 1.0)
-        + pairs * cost.per_pair_s(1.0)
-    )  # fmt: skip
-    flops = cost.base_flops(seqs, 0, 0, 0) + batch * context * cost.flops_per_context_token
-    flops += starts * (cost.base_flops(0, prompt, 1, tiles) + pairs * cost.flops_per_pair)
-    kv_bytes = batch * context * cost.bytes_per_context_token
-    moved = cost.base_bytes(seqs, 0, 0, 0) + kv_bytes
-    kernel_s = decode_s + prefill_s
+    kernel_s, flops, moved = steady_state(cost, batch, prompt, output, tiles)
+    kv_bytes = batch * (prompt + output / 2) * cost.bytes_per_context_token
     return {
         "iteration_s": iteration_s,
         "kernel_s": kernel_s,
@@ -114,15 +101,17 @@ def _work_of(row: dict[str, Any]) -> dict[str, float]:
         "batch": batch / num_gpus,
         "num_gpus": float(num_gpus),
         "fp8": float(row.get("weight_precision", "") == "fp8"),
-        "images": float(row.get("task", "") in _IMAGE_TASKS),
+        "images": float(row.get("task", "") in IMAGE_TASKS),
         "experts": float(model.experts > 1),
     }
 
 
-def _cost(row: dict[str, Any], gpu: GpuProfile) -> IterationCost:
+def cost_of(row: dict[str, Any], gpu: GpuProfile | None = None) -> IterationCost:
+    """Cost of a row's kernels alone."""
+    gpu = gpu or load_gpu(GPUS[row["gpu_model"]])
     num_gpus = int(row["num_gpus"])
     expert_parallel = row.get("expert_parallel", 1.0) > 1
-    precision = _PRECISION.get(row.get("weight_precision", "bfloat16"))
+    precision = PRECISION.get(row.get("weight_precision", "bfloat16"))
     model = load_model(card_for(row["model_id"]) or "")
     return IterationCost(
         model, gpu, tp=num_gpus, ep=num_gpus if expert_parallel else 1, precision=precision,
@@ -130,11 +119,11 @@ def _cost(row: dict[str, Any], gpu: GpuProfile) -> IterationCost:
     )  # fmt: skip
 
 
-def _prompt(row: dict[str, Any]) -> tuple[int, int]:
+def prompt_of(row: dict[str, Any]) -> tuple[int, int]:
     """Prompt tokens with those of images, and encoder tiles."""
-    prompt = PROMPT_TOKENS.get(row.get("task", ""), 200)
+    prompt = PROMPT_TOKENS.get(row.get("task", ""), _PROMPT_TOKENS)
     model = load_model(card_for(row["model_id"]) or "")
-    if model.vision is None or row.get("task") not in _IMAGE_TASKS:
+    if model.vision is None or row.get("task") not in IMAGE_TASKS:
         return prompt, 0
     tiles = model.vision.tiles_per_image
     if row["task"] == "video-chat":
@@ -191,140 +180,182 @@ def watts_of(gpu: GpuProfile) -> Watts:
     return Watts(gpu.busy_w, gpu.hbm_w, gpu.decode_ops * per_op, gpu.sample_ops * per_op)
 
 
-# Pooling.
+# Pooling what work does not explain (`testbed.analysis.pooling`).
+
+CONFIGURATION = ("model_id", "gpu_model", "task", "num_gpus", "tensor_parallel",
+                 "expert_parallel", "data_parallel", "weight_precision")  # fmt: skip
+EFFECTS, COURSES = ["model", "pair", "configuration"], ["configuration"]
 
 
-class Pooled(msgspec.Struct, frozen=True):
-    """Hyperparameters, fitted by marginal likelihood on the shipped rows."""
+class Quantity(NamedTuple):
+    """What is pooled."""
 
-    lengths: list[float]
-    """Per feature, in standard deviations."""
-    smooth: float
-    linear: float
-    model: float
-    pair: float
-    configuration: float
-    noise: dict[str, float]
-    """Per ``gpu_model``. All variances are shares of that of log power within a GPU model."""
+    measured: Callable[[Columns], Any]
+    computed: Callable[[Columns], Any]
+    """What logs are taken relative to."""
+    features: Callable[[Columns], list[Any]]
+    """Beside those of `_kind`."""
 
+    def logs(self, columns: Columns) -> Any:
+        """Log of measured over computed."""
+        return np.log(self.measured(columns) / self.computed(columns))
 
-class Pool:
-    """Known rows, from which others are predicted.
+    def rows(self, columns: Columns) -> Rows:
+        """Rows as a `Pool` wants them."""
+        asked = np.log2(asked_batch(columns))
+        features = np.column_stack([*self.features(columns), *_kind(columns)])
+        return Rows(features, _labels(columns, asked), asked[:, None])
 
-    Args:
-        columns: measured rows, in the layout of `ml_energy_v3`, all `known`.
-        pooled: hyperparameters.
-    """
-
-    def __init__(self, columns: Columns, pooled: Pooled) -> None:
-        self._pooled = pooled
-        raw = _features(columns, work(columns))
-        self._centre, self._spread = raw.mean(axis=0), raw.std(axis=0) + 1e-9
-        self._x = (raw - self._centre) / self._spread
-        self._labels = _labels(columns)
-        power = columns["avg_power_watts"] / columns["num_gpus"]
-        self._power_w = power
-        self._gpu = columns["gpu_model"]
-        log = np.log(power)
-        self._mean = {gpu: float(log[self._gpu == gpu].mean()) for gpu in set(self._gpu)}
-        self._y = log - np.array([self._mean[gpu] for gpu in self._gpu])
-        self._scale = float(self._y.var())
-        noise = np.array([pooled.noise.get(gpu, 0.02) for gpu in self._gpu])
-        kernel = self._kernel(self._x, self._x, self._labels, self._labels)
-        self._matrix = kernel + self._scale * np.diag(noise)
-
-    def likelihood(self, pooled: Pooled) -> float:
-        """Log marginal likelihood of the known rows under other hyperparameters."""
-        self._pooled = pooled
-        noise = np.array([pooled.noise[gpu] for gpu in self._gpu])
-        matrix = self._kernel(self._x, self._x, self._labels, self._labels)
-        matrix += self._scale * np.diag(noise)
-        try:
-            factor = np.linalg.cholesky(matrix)
-        except np.linalg.LinAlgError:
-            return -1e9
-        whitened = np.linalg.solve(factor, self._y)
-        return float(-0.5 * whitened @ whitened - np.log(np.diag(factor)).sum())
-
-    def predict(self, columns: Columns, leave: str) -> Any:
-        """Watts per GPU of these rows, without using what they belong to.
-
-        Args:
-            columns: rows to predict; they may be among the known.
-            leave: "row", "configuration", "pair" (model on a GPU) or "model": what of the known
-                rows is left out for each.
-        """
-        x = (_features(columns, work(columns)) - self._centre) / self._spread
-        labels = _labels(columns)
-        cross = self._kernel(x, self._x, labels, self._labels)
-        if leave == "row":
-            groups = np.arange(size(columns))
-            power = columns["avg_power_watts"] / columns["num_gpus"]
-        else:
-            groups = labels[leave]
-        out = np.zeros(size(columns))
-        for group in np.unique(groups):
-            rows = np.flatnonzero(groups == group)
-            if leave == "row":
-                same = self._labels["configuration"] == labels["configuration"][rows[0]]
-                keep = ~(same & (np.abs(self._power_w / power[rows[0]] - 1.0) < 1e-6))
-            else:
-                keep = self._labels[leave] != group
-            inner = self._matrix[np.ix_(keep, keep)]
-            out[rows] = cross[np.ix_(rows, np.flatnonzero(keep))] @ np.linalg.solve(
-                inner, self._y[keep]
-            )
-        fallback = float(np.mean(list(self._mean.values())))
-        mean = np.array([self._mean.get(gpu, fallback) for gpu in columns["gpu_model"]])
-        return np.exp(out + mean)
-
-    def _kernel(self, a: Any, b: Any, la: dict[str, Any], lb: dict[str, Any]) -> Any:
-        pooled = self._pooled
-        gap = (a[:, None] - b[None]) / np.array(pooled.lengths)
-        total = pooled.smooth * np.exp(-0.5 * (gap**2).sum(axis=-1))
-        total += pooled.linear * (a @ b.T) / a.shape[1]
-        for name, weight in (
-            ("model", pooled.model), ("pair", pooled.pair),
-            ("configuration", pooled.configuration),
-        ):  # fmt: skip
-            total += weight * (la[name][:, None] == lb[name][None])
-        return self._scale * total
+    def predict(self, pool: Pool, columns: Columns, leave: str = "") -> Any:
+        """The quantity itself, in its unit."""
+        return self.computed(columns) * np.exp(pool.predict(self.rows(columns), leave))
 
 
-def _labels(columns: Columns) -> dict[str, Any]:
+def power_w(columns: Columns) -> Any:
+    """Measured watts per GPU."""
+    return columns["avg_power_watts"] / columns["num_gpus"]
+
+
+def idle_formula_w(columns: Columns) -> Any:
+    """Watts by the profile's constants, with GPUs busy for the time of their kernels."""
+    out = np.zeros(size(columns))
+    for label in set(columns["gpu_model"]):
+        own = columns["gpu_model"] == label
+        gpu, rates = load_gpu(GPUS[label]), take(columns, own)
+        busy = np.minimum(1.0, rates["busy_frac"])
+        out[own] = formula_w(gpu, watts_of(gpu), rates, busy)
+    return out
+
+
+def gap_s(columns: Columns) -> Any:
+    """Measured mean seconds from token to token."""
+    return columns["avg_batch_size"] / columns["output_throughput_tokens_per_sec"]
+
+
+def stack_gap_s(columns: Columns) -> Any:
+    """The same as computed: kernels and the host of the profile."""
+    hosts = [load_gpu(GPUS[name]) for name in columns["gpu_model"]]
+    iteration_s = np.array([gpu.host_iteration_s for gpu in hosts])
+    seq_s = np.array([gpu.host_seq_s for gpu in hosts])
+    return columns["kernel_s"] + iteration_s + seq_s * columns["avg_batch_size"]
+
+
+def _power_features(columns: Columns) -> list[Any]:
+    return [
+        np.log2(columns["iteration_s"] * 1e3), np.log2(columns["batch"]),
+        np.log10(columns["tensor_frac"] + 1e-3), columns["hbm_frac"], columns["kv_frac"],
+        columns["busy_frac"],
+    ]  # fmt: skip
+
+
+def _gap_features(columns: Columns) -> list[Any]:
+    task = columns["task"].astype(str)
+    tasks = [(task == name).astype(float) for name in ("gpqa", "video-chat", "sourcegraph-fim")]
+    reading = columns["kv_frac"] * columns["iteration_s"] / columns["kernel_s"]
+    batch = columns["avg_batch_size"]
+    return [
+        np.log2(columns["batch"]), np.log2(batch), np.log2(columns["kernel_s"] * 1e3), reading,
+        *tasks,
+    ]  # fmt: skip
+
+
+def _kind(columns: Columns) -> list[Any]:
+    """How it is served, and the shape of the model: like shapes use like kernels."""
+    models = [load_model(card_for(name) or "") for name in columns["model_id"]]
+    shapes = [(one.hidden, one.active_params, one.ffn, one.experts) for one in models]
+    own = [columns[name] for name in ("fp8", "images", "experts")]
+    hopper = np.array(["H100" in name for name in columns["gpu_model"]], float)
+    return [np.log2(columns["num_gpus"]), *own, hopper, *np.log2(np.array(shapes, float)).T]
+
+
+def _labels(columns: Columns, asked: Any) -> dict[str, Any]:
+    """What each row belongs to: a point is a configuration at one batch size."""
+    gpu = columns["gpu_model"]
     cards = np.array([card_for(model) or "" for model in columns["model_id"]], dtype=object)
-    pairs = np.array(
-        [f"{card}|{gpu}" for card, gpu in zip(cards, columns["gpu_model"], strict=True)],
-        dtype=object,
-    )
-    present = [name for name in CONFIGURATION if name in columns]
-    return {"model": cards, "pair": pairs, "configuration": keys(columns, present)}
+    configuration = keys(columns, [name for name in CONFIGURATION if name in columns])
+    return {
+        "gpu": gpu,
+        "model": cards,
+        "pair": _joined(cards, gpu),
+        "configuration": configuration,
+        "point": _joined(configuration, np.round(asked, 2)),
+    }
 
 
-def _features(columns: Columns, rates: Columns) -> Any:
-    h100 = (columns["gpu_model"] == "H100").astype(float)
-    return np.column_stack(
-        [
-            np.log2(rates["iteration_s"] * 1e3),
-            np.log2(rates["batch"]),
-            np.log10(rates["tensor_frac"] + 1e-3),
-            rates["hbm_frac"],
-            rates["kv_frac"],
-            rates["busy_frac"],
-            np.log2(rates["num_gpus"]),
-            rates["fp8"],
-            rates["images"],
-            rates["experts"],
-            h100,
-        ]
-    )
+def _joined(first: Any, second: Any) -> Any:
+    return np.array([f"{a}|{b}" for a, b in zip(first, second, strict=True)], dtype=object)
 
 
-def load_pool(folder: Path) -> Pool:
-    """The pool of the rows that we ship."""
-    from testbed.analysis.measured import find, take
+def asked_batch(columns: Columns) -> Any:
+    """Sequences that the engine may run at once; those it ran where that is not stated."""
+    ran = np.maximum(np.round(columns["avg_batch_size"]), 1.0)
+    if "max_num_seqs" not in columns:
+        return ran
+    asked = columns["max_num_seqs"]
+    return np.where(np.isfinite(asked), asked, ran)
 
-    columns = find(folder / "ml_energy_v3", "llm_runs")
+
+QUANTITIES = {
+    "power": Quantity(power_w, lambda columns: np.ones(size(columns)), _power_features),
+    "gap": Quantity(gap_s, stack_gap_s, _gap_features),
+}
+OLDER = Quantity(power_w, idle_formula_w, _power_features)
+"""Power of the engine of `ml_energy_v2`, which leaves GPUs waiting."""
+
+
+def energy_rows(data: Path) -> Columns | None:
+    """Rows of `ml_energy_v3` that are known, with their `work`."""
+    columns = find(data / "ml_energy_v3", "llm_runs")
+    if columns is None:
+        return None
+    columns = take(columns, known(columns))
+    if not size(columns):
+        return None
+    rates = work(columns)
+    return {**columns, **{name: rates[name] for name in rates if name not in columns}}
+
+
+_OLDER = ["Model", "GPU", "task", "TP", "Energy/req (J)", "Token tput (tok/s)",
+          "Avg Output Tokens", "Avg BS (reqs)"]  # fmt: skip
+
+
+def older_rows(data: Path) -> Columns | None:
+    """Rows of `ml_energy_v2` as columns of `ml_energy_v3`, with their `work`."""
+    columns = find(data / "ml_energy_v2", "text_generation_runs")
+    if columns is None:
+        return None
+    need(columns, _OLDER, "ml_energy_v2/text_generation_runs")
+    gpus = columns["TP"] * np.nan_to_num(columns.get("PP", np.ones(size(columns))), nan=1.0)
+    rate, output = columns["Token tput (tok/s)"], columns["Avg Output Tokens"]
+    batch = columns["Avg BS (reqs)"]
+    columns = {
+        "model_id": columns["Model"], "gpu_model": columns["GPU"], "task": columns["task"],
+        "num_gpus": gpus, "avg_batch_size": batch, "avg_output_len": output,
+        "max_num_seqs": columns.get("Max BS (reqs)", batch),
+        "output_throughput_tokens_per_sec": rate,
+        "avg_power_watts": columns["Energy/req (J)"] * rate / output,
+    }  # fmt: skip
+    columns = take(columns, known(columns))
+    if not size(columns):
+        return None
+    rates = work(columns)
+    return {**columns, **{name: rates[name] for name in rates if name not in columns}}
+
+
+def pools(folder: Path) -> dict[str, Pool]:
+    """`Pool` per quantity, of the rows that we ship."""
+    columns = energy_rows(folder)
     assert columns is not None, "shipped data are part of the package"
-    pooled = msgspec.json.decode((folder / "pooled.json").read_bytes(), type=Pooled)
-    return Pool(take(columns, known(columns)), pooled)
+    pooled = msgspec.json.decode((folder / "pooled.json").read_bytes(), type=dict[str, Pooled])
+    return {
+        name: Pool(one.rows(columns), one.logs(columns), pooled[name])
+        for name, one in QUANTITIES.items()
+    }
+
+
+def older_pool(folder: Path) -> Pool:
+    """The same for the power of `ml_energy_v2`."""
+    columns = older_rows(folder)
+    assert columns is not None, "shipped data are part of the package"
+    pooled = msgspec.json.decode((folder / "pooled.json").read_bytes(), type=dict[str, Pooled])
+    return Pool(OLDER.rows(columns), OLDER.logs(columns), pooled["power_v2"])

@@ -79,10 +79,20 @@ class Node:
     """When it was last heard from, on the coordinator's clock."""
     lease_sequence: int = 0
     lease_sent_s: float = -np.inf
+    lease_seen_s: float = np.nan
+    """When the last lease really left, by the clock that a client would read."""
     refused: str = ""
+    unfit: bool = False
+    """It has sent a report that is not laid out like its row of the run file."""
     drift_total: int = 0
     infos: list[GpuInfo] = field(default_factory=list)
     tenant_infos: list[TenantInfo] = field(default_factory=list)
+    counts: list[int] = field(init=False)
+    """Its GPUs, instances and tenants."""
+
+    def __post_init__(self) -> None:
+        places = (self.gpus, self.instances, self.tenants)
+        self.counts = [place.stop - place.start for place in places]
 
 
 class Layout:

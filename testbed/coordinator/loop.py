@@ -27,6 +27,7 @@ from testbed.coordinator.arbiter import Claims
 from testbed.coordinator.arranging import Arranging
 from testbed.coordinator.building import Building
 from testbed.coordinator.cluster import Layout, Node
+from testbed.core.columns import Columns
 from testbed.core.errors import PolicyError, SpecError, TestbedError
 from testbed.core.messages import (
     PROTOCOL_VERSION,
@@ -44,16 +45,20 @@ from testbed.core.messages import (
     Pong,
     Progress,
     Refused,
+    RelayStatus,
     Report,
     Request,
     Returned,
+    RowReport,
     SlotReadings,
     Stop,
     Submit,
     TenantLimits,
+    TenantReadings,
     Tune,
     TuneKind,
     Welcome,
+    merge,
 )
 from testbed.core.spec import ClassSpec, RunSpec
 from testbed.core.transport.base import Hub
@@ -65,6 +70,8 @@ from testbed.core.view import (
     Controller,
     DrainInstance,
     Floats,
+    GpuColumns,
+    InstanceColumns,
     Ints,
     LockClocks,
     OrderQueue,
@@ -76,10 +83,13 @@ from testbed.core.view import (
     SetMemoryLimit,
     SetPowerLimit,
     Squash,
+    TenantColumns,
 )
 from testbed.recorder.tables import LAYOUT
 from testbed.recorder.writer import Recorder
 
+_PHASES = 10
+"""Into how many groups renewals of leases are spread."""
 TOTALS_PERIOD_S = 60.0
 """How often counts of all requests are written down, where not every request is."""
 _STATES = ("off", "starting", "up", "draining")
@@ -194,6 +204,7 @@ class Coordinator:
         self._next_step_s = [0.0] * len(controllers)
         self._step = 0
         self._beat_s = -math.inf
+        self._relays: dict[str, RelayStatus] = {}
         self.stopping = False
         self._building = Building(spec, self.layout) if spec.plant is not None else None
         records.cluster(self.view)
@@ -204,6 +215,15 @@ class Coordinator:
         """Take in a message that is due now."""
         node = self.layout.by_name.get(envelope.source)
         body = envelope.body
+        if isinstance(body, Report):
+            self.on_reports(merge([envelope]), envelope.t_s, now_s)
+            return
+        if isinstance(body, RowReport):
+            self.on_reports(body, envelope.t_s, now_s)
+            return
+        if isinstance(body, RelayStatus):
+            self._on_relay(envelope.source, body, now_s)
+            return
         if node is None:
             if isinstance(body, Hello):
                 known = len(self.layout.nodes)
@@ -220,9 +240,7 @@ class Coordinator:
         if envelope.incarnation != node.incarnation:
             return
         node.last_s = now_s
-        if isinstance(body, Report):
-            self._on_report(node, body, envelope.t_s, now_s)
-        elif isinstance(body, Progress):
+        if isinstance(body, Progress):
             self._on_progress(node, body, now_s)
         elif isinstance(body, Returned):
             self._on_returned(node, body, envelope.t_s, now_s)
@@ -232,6 +250,15 @@ class Coordinator:
             self._on_ack(node, body, now_s)
         elif isinstance(body, Bye):
             self._on_bye(node, body, now_s)
+
+    def _on_relay(self, name: str, status: RelayStatus, now_s: float) -> None:
+        before = self._relays.get(name)
+        self._relays[name] = status
+        if before is None:
+            self._event(now_s, "info", name, "relay", f"passes on {status.nodes} nodes")
+        elif (status.gaps_total, status.dropped_total) > (before.gaps_total, before.dropped_total):
+            text = f"{status.gaps_total} messages missing, {status.dropped_total} dropped so far"
+            self._event(now_s, "warning", name, "gaps", text)
 
     def _on_hello(self, node: Node, incarnation: int, hello: Hello, now_s: float) -> None:
         reason = ""
@@ -279,16 +306,32 @@ class Coordinator:
             now_s,
         )
 
-    def _on_report(self, node: Node, report: Report, t_s: float, now_s: float) -> None:
-        newly_lost = self._enter(t_s, node.gpus, report.gpus, node.instances, report.instances)
-        if node.tenants.stop > node.tenants.start:
-            self._on_tenants(node, report, t_s)
-        if report.slots.serial and report.slots != node.layout_seen:
-            self._on_slots(node, report.slots, t_s, now_s)
-        self._record_readings(t_s, node.gpus, report.gpus, node.instances, report.instances)
-        self._heard(node, report.drift_total, report.slots.layout_sequence, now_s)
-        if node.index in newly_lost:
-            self._lose_gpus(node, newly_lost[node.index], now_s)
+    def on_reports(self, report: RowReport, t_s: float, now_s: float) -> None:
+        """Take in what nodes reported of ``t_s``, however many of them at once."""
+        members = self._senders(report, now_s)
+        if not all(members):
+            report = report.pick([node is not None for node in members])
+        nodes = [node for node in members if node is not None]
+        if not nodes:
+            return
+        gpu = _places([node.gpus.start for node in nodes], report.num_gpus)
+        instance = _places([node.instances.start for node in nodes], report.num_instances)
+        read = GpuReadings.unpack(report.gpus)
+        served = InstanceReadings.unpack(report.instances)
+        newly_lost = self._enter(t_s, gpu, read, instance, served)
+        if report.tenants:
+            held = TenantReadings.unpack(report.tenants)
+            tenant = _places([node.tenants.start for node in nodes], report.num_tenants)
+            _enter(self.layout.tenants, tenant, t_s, held)
+            self._records.tenants(t_s, tenant, held)
+        for place, slots in report.slots.items():
+            if slots != nodes[place].layout_seen:
+                self._on_slots(nodes[place], slots, t_s, now_s)
+        self._record_readings(t_s, gpu, read, instance, served)
+        for place, node in enumerate(nodes):
+            self._heard(node, report.drift_total[place], report.slots.get(place), now_s)
+        for index, lost in newly_lost.items():
+            self._lose_gpus(self.layout.nodes[index], lost, now_s)
 
     def on_bank(
         self,
@@ -299,87 +342,93 @@ class Coordinator:
         now_s: float,
     ) -> None:
         """The reports of all nodes in one, as arrays: what they show at ``t_s``."""
-        place = slice(0, len(self.layout.gpus.name))
-        where = slice(0, len(self.layout.instances.name))
-        newly_lost = self._enter(t_s, place, gpus, where, instances)
-        self._record_readings(t_s, place, gpus, where, instances)
+        gpu, instance = np.arange(len(gpus)), np.arange(len(instances))
+        newly_lost = self._enter(t_s, gpu, gpus, instance, instances)
+        self._record_readings(t_s, gpu, gpus, instance, instances)
         for node, drift_total in zip(self.layout.nodes, drift_totals, strict=True):
-            node.last_s = now_s
-            if not node.live or drift_total != node.drift_total:
-                self._heard(node, drift_total, 0, now_s)
+            self._heard(node, drift_total, None, now_s)
         for index, lost in newly_lost.items():
             self._lose_gpus(self.layout.nodes[index], lost, now_s)
 
     def _enter(
         self,
         t_s: float,
-        place: slice,
-        readings: GpuReadings,
-        where: slice,
+        gpu: Ints,
+        read: GpuReadings,
+        instance: Ints,
         served: InstanceReadings,
     ) -> dict[int, list[int]]:
         """Enter readings into the view; returns GPUs newly lost, by node and counted there."""
-        gpus, instances = self.layout.gpus, self.layout.instances
-        gpus.t_s[place] = t_s
-        gpus.power_instant_w[place] = readings.power_instant_w
-        gpus.power_avg_w[place] = readings.power_avg_w
-        gpus.power_limit_w[place] = readings.power_limit_w
-        gpus.power_limit_enforced_w[place] = readings.power_limit_enforced_w
-        gpus.energy_j[place] = readings.energy_j
-        gpus.sm_clock_mhz[place] = readings.sm_clock_mhz
-        gpus.temp_c[place] = readings.temp_c
-        gpus.mem_temp_c[place] = readings.mem_temp_c
-        gpus.gpu_busy_frac[place] = readings.gpu_busy_frac
-        gpus.fb_used_bytes[place] = readings.fb_used_bytes
-        gpus.throttle[place] = readings.throttle
-        lost = np.asarray(readings.lost, np.bool_)
+        gpus = self.layout.gpus
         newly_lost: dict[int, list[int]] = {}
-        for gpu in (np.flatnonzero(lost & ~gpus.lost[place]) + place.start).tolist():
-            node = self.layout.nodes[gpus.node[gpu]]
+        for place in gpu[np.asarray(read.lost) & ~gpus.lost[gpu]].tolist():
+            node = self.layout.nodes[gpus.node[place]]
             if node.live:  # a node that joins had all its GPUs marked lost
-                newly_lost.setdefault(node.index, []).append(gpu - node.gpus.start)
-        gpus.lost[place] = lost
-        instances.t_s[where] = t_s
-        instances.num_running[where] = served.num_running
-        instances.num_waiting[where] = served.num_waiting
-        instances.kv_used_frac[where] = served.kv_used_frac
-        instances.prompt_tokens_total[where] = served.prompt_tokens_total
-        instances.output_tokens_total[where] = served.output_tokens_total
-        instances.preemptions_total[where] = served.preemptions_total
+                newly_lost.setdefault(node.index, []).append(place - node.gpus.start)
+        _enter(gpus, gpu, t_s, read)
+        _enter(self.layout.instances, instance, t_s, served)
         return newly_lost
 
     def _record_readings(
-        self,
-        t_s: float,
-        place: slice,
-        readings: GpuReadings,
-        where: slice,
-        served: InstanceReadings,
+        self, t_s: float, gpu: Ints, read: GpuReadings, instance: Ints, served: InstanceReadings
     ) -> None:
-        self._records.gpus(t_s, range(place.start, place.stop), readings)
-        outstanding_tokens = self.layout.instances.outstanding_tokens[where]
-        self._records.instances(t_s, range(where.start, where.stop), served, outstanding_tokens)
+        self._records.gpus(t_s, gpu, read)
+        outstanding_tokens = self.layout.instances.outstanding_tokens[instance]
+        self._records.instances(t_s, instance, served, outstanding_tokens)
 
-    def _heard(self, node: Node, drift_total: int, layout_sequence: int, now_s: float) -> None:
+    def _senders(self, report: RowReport, now_s: float) -> list[Node | None]:
+        """Whose entries these are; None for an earlier life, or where columns do not fit."""
+        members: list[Node | None] = []
+        by_name = self.layout.by_name
+        for name, incarnation, *counts in zip(
+            report.node,
+            report.incarnation,
+            report.num_gpus,
+            report.num_instances,
+            report.num_tenants,
+            strict=True,
+        ):
+            node = by_name.get(name)
+            if node is not None and node.incarnation != incarnation:
+                node = None
+            if node is not None and counts != node.counts:
+                if not node.unfit:
+                    text = f"reports {counts} GPUs, instances and tenants; it has {node.counts}"
+                    self._event(now_s, "error", name, "bad report", text)
+                node.unfit = True
+                node = None
+            members.append(node)
+        return members
+
+    def _heard(
+        self, node: Node, drift_total: int, slots: SlotReadings | None, now_s: float
+    ) -> None:
         """A node has reported: for the first time in this life, or that limits were changed."""
+        node.last_s = now_s
         if drift_total > node.drift_total:
             count = drift_total - node.drift_total
             text = f"a limit was changed by somebody else and set again ({count} times)"
             self._event(now_s, "warning", node.name, "drift", text)
         node.drift_total = drift_total
         if not node.live:
-            node.live = True
-            backing = node.tenant_infos[0].backing if node.tenant_infos else ""
-            text = f"life {node.incarnation}" + (f"; memory tenants: {backing}" if backing else "")
-            self._event(now_s, "info", node.name, "joined", text)
-            fresh = self._limit_w[node.gpus] == 0
-            self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
-            self._lease(node, now_s)
-            self._tune_again(node, now_s)
-            if layout_sequence < node.layout_sequence:
-                self._tell_layout(node, now_s)  # it was welcomed with an older one
-            self._refresh_up(node)
-            self._release_held(now_s)
+            self._join(node, slots, now_s)
+
+    def _join(self, node: Node, slots: SlotReadings | None, now_s: float) -> None:
+        """A node's reports arrive: it takes part."""
+        node.live = True
+        backing = node.tenant_infos[0].backing if node.tenant_infos else ""
+        text = f"life {node.incarnation}" + (f"; memory tenants: {backing}" if backing else "")
+        self._event(now_s, "info", node.name, "joined", text)
+        fresh = self._limit_w[node.gpus] == 0
+        self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
+        self._lease(node, now_s)
+        # Nodes that joined together renew apart: a burst would hold up what is urgent.
+        node.lease_sent_s -= self.spec.control.lease_s / 3 * (node.index % _PHASES) / _PHASES
+        self._tune_again(node, now_s)
+        if slots is not None and slots.layout_sequence < node.layout_sequence:
+            self._tell_layout(node, now_s)  # it was welcomed with an older one
+        self._refresh_up(node)
+        self._release_held(now_s)
 
     def _on_slots(self, node: Node, slots: SlotReadings, t_s: float, now_s: float) -> None:
         """What the slots of an elastic node hold has changed, or is called something else."""
@@ -435,13 +484,6 @@ class Coordinator:
         for entry in back:  # once all are off the account of where they were
             self._route(entry, now_s)
         self._release_held(now_s)
-
-    def _on_tenants(self, node: Node, report: Report, t_s: float) -> None:
-        tenants, who = self.layout.tenants, node.tenants
-        tenants.t_s[who] = t_s
-        for name in report.tenants.__struct_fields__:
-            getattr(tenants, name)[who] = getattr(report.tenants, name)
-        self._records.tenants(t_s, range(who.start, who.stop), report.tenants)
 
     def _on_gaps(self, node: Node, gaps: Gaps, t_s: float) -> None:
         counted = zip(gaps.instance, gaps.bin, gaps.count, strict=True)
@@ -1001,6 +1043,7 @@ class Coordinator:
     def _lease(self, node: Node, now_s: float) -> None:
         node.lease_sequence += 1
         node.lease_sent_s = now_s
+        node.lease_seen_s = self._observed_s(now_s)
         self._hub.send(
             node.name,
             Lease(
@@ -1028,7 +1071,7 @@ class Coordinator:
                 elif now_s - node.lease_sent_s >= control.lease_s / 3 - 1e-9:
                     self._lease(node, now_s)
                     continue
-            if beat:
+            if beat and now_s - node.lease_sent_s >= 1.0:  # else a lease has said the same
                 self._hub.send(node.name, Heartbeat(), now_s)
         if self._building is not None:
             self._move_building(self._building, now_s)
@@ -1078,3 +1121,23 @@ class Coordinator:
 
     def _event(self, now_s: float, level: str, source: str, kind: str, text: str) -> None:
         self._records.event(now_s, level, source, kind, text)
+
+
+def _places(starts: list[int], counts: list[int]) -> Ints:
+    """Rows of a column that nodes fill, each from its start.
+
+    >>> _places([4, 0], [2, 3]).tolist()
+    [4, 5, 0, 1, 2]
+    """
+    ends = np.cumsum(counts)
+    shifts: Ints = np.repeat(np.asarray(starts, np.int64) - ends + counts, counts)
+    return shifts + np.arange(len(shifts))
+
+
+def _enter(
+    columns: GpuColumns | InstanceColumns | TenantColumns, rows: Ints, t_s: float, said: Columns
+) -> None:
+    """Write readings into their rows of the view."""
+    columns.t_s[rows] = t_s
+    for name, values in zip(said.names, said.values(), strict=True):
+        getattr(columns, name)[rows] = values

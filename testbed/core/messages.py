@@ -1,8 +1,9 @@
 """Every message on the wire, defined once and checked on arrival.
 
 A message travels inside an `Envelope`, as MessagePack, typed by msgspec: a wrong type, a missing
-field or an unknown kind is refused by `decode` before any code of ours sees it. Columns are lists
-with one entry per GPU (or instance, tenant, request) in the order that `Hello` or `Welcome` gave.
+field or an unknown kind is refused by `decode` before any code of ours sees it. Columns have one
+entry per GPU (or instance, tenant, request) in the order that `Hello` or `Welcome` gave; readings
+travel packed (`testbed.core.columns`), as they are most of the traffic.
 
 Times are seconds on the run's clock, zero at its start. A message says when it was true or decided
 (`Envelope.t_s`); the receiver lets it act `delay_s` later, the same in virtual and in real time,
@@ -20,26 +21,30 @@ testbed.core.errors.TransportError: bad message of 87 bytes: Input data was trun
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import compress
 from typing import Literal
 
 import msgspec
+import numpy as np
 
+from testbed.core.columns import F8, I8, Columns, Flags
 from testbed.core.errors import TransportError
 
 StartHow = Literal["snapshot", "cold"]
 ReturnedWhy = Literal["recalled", "drained", "resharded", "gone", "squashed"]
 TuneKind = Literal["batch", "order", "recall", "squash"]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 16 << 20
-"""Longest message a socket accepts. A bank report of 10,000 GPUs is about 1 MB."""
+"""Longest message a socket accepts. A report of 10,000 GPUs is about 0.9 MB."""
 
 
-class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What every part of a message shares: immutable, and strict about unknown fields."""
 
 
-class GpuInfo(_Wire, frozen=True):
+class GpuInfo(Frozen, frozen=True):
     """What does not change about a GPU while a daemon runs."""
 
     uuid: str
@@ -52,7 +57,7 @@ class GpuInfo(_Wire, frozen=True):
     sm_clock_max_mhz: float
 
 
-class TenantInfo(_Wire, frozen=True):
+class TenantInfo(Frozen, frozen=True):
     """A tenant of host memory on a node: a guaranteed part and an oversubscribed part."""
 
     name: str
@@ -62,7 +67,7 @@ class TenantInfo(_Wire, frozen=True):
     """What holds it: ``real`` cgroups, or a model and why."""
 
 
-class EngineConfig(_Wire, frozen=True):
+class EngineConfig(Frozen, frozen=True):
     """How an instance batches; the defaults are vLLM v1's on a large GPU."""
 
     max_num_seqs: int = 256
@@ -80,7 +85,7 @@ class EngineConfig(_Wire, frozen=True):
     """Sum runs of alike iterations in closed form. Off steps one by one: same results, slower."""
 
 
-class InstanceConfig(_Wire, frozen=True):
+class InstanceConfig(Frozen, frozen=True):
     """One copy of a model on ``tp`` GPUs of a node."""
 
     name: str
@@ -95,7 +100,7 @@ class InstanceConfig(_Wire, frozen=True):
     """Where nodes are elastic: tells this instance from all others that its node ever held."""
 
 
-class Delays(_Wire, frozen=True):
+class Delays(Frozen, frozen=True):
     """What it takes to bring an instance up or to re-shape it; models in emulators/reconfigure.py.
 
     Seconds and rates are published ones, see there for the sources; the run file may change them.
@@ -123,7 +128,7 @@ class Delays(_Wire, frozen=True):
     """Longest that an instance on its way out goes on serving what it has (assumed)."""
 
 
-class NodeConfig(_Wire, frozen=True):
+class NodeConfig(Frozen, frozen=True):
     """What the coordinator asks of a node when it joins."""
 
     name: str
@@ -150,7 +155,7 @@ class NodeConfig(_Wire, frozen=True):
 # Node and coordinator get to know each other.
 
 
-class Hello(_Wire, frozen=True, tag=True):
+class Hello(Frozen, frozen=True, tag=True):
     """First word of a node. ``boot_id`` tells whether the two share a monotonic clock."""
 
     protocol: int
@@ -159,7 +164,7 @@ class Hello(_Wire, frozen=True, tag=True):
     tenants: list[TenantInfo]
 
 
-class Welcome(_Wire, frozen=True, tag=True):
+class Welcome(Frozen, frozen=True, tag=True):
     """The coordinator takes the node in. Sent again until the node's reports arrive."""
 
     epoch: int
@@ -169,36 +174,36 @@ class Welcome(_Wire, frozen=True, tag=True):
     config: NodeConfig
 
 
-class Refused(_Wire, frozen=True, tag=True):
+class Refused(Frozen, frozen=True, tag=True):
     """The coordinator does not take the node in, and why."""
 
     reason: str
 
 
-class Ping(_Wire, frozen=True, tag=True):
+class Ping(Frozen, frozen=True, tag=True):
     """Asks the coordinator for the time, to set this node's clock against it."""
 
     sent_ns: int
 
 
-class Pong(_Wire, frozen=True, tag=True):
+class Pong(Frozen, frozen=True, tag=True):
     """The answer; half the round trip is the error of the offset."""
 
     sent_ns: int
     answered_ns: int
 
 
-class Heartbeat(_Wire, frozen=True, tag=True):
+class Heartbeat(Frozen, frozen=True, tag=True):
     """The coordinator lives. Any other message from it says the same."""
 
 
-class Stop(_Wire, frozen=True, tag=True):
+class Stop(Frozen, frozen=True, tag=True):
     """The run is over: restore what was found, say `Bye` and leave."""
 
     reason: str
 
 
-class Bye(_Wire, frozen=True, tag=True):
+class Bye(Frozen, frozen=True, tag=True):
     """Last word of a node, with its own account of how punctual it was."""
 
     reason: str
@@ -212,49 +217,49 @@ class Bye(_Wire, frozen=True, tag=True):
 # Telemetry.
 
 
-class GpuReadings(_Wire, frozen=True):
+class GpuReadings(Columns):
     """One column per quantity, one entry per GPU of the bank."""
 
-    power_instant_w: list[float]
-    power_avg_w: list[float]
-    power_limit_w: list[float]
-    power_limit_enforced_w: list[float]
-    energy_j: list[float]
-    sm_clock_mhz: list[float]
-    temp_c: list[float]
-    mem_temp_c: list[float]
-    gpu_busy_frac: list[float]
-    fb_used_bytes: list[int]
-    throttle: list[int]
-    lost: list[bool]
+    power_instant_w: F8
+    power_avg_w: F8
+    power_limit_w: F8
+    power_limit_enforced_w: F8
+    energy_j: F8
+    sm_clock_mhz: F8
+    temp_c: F8
+    mem_temp_c: F8
+    gpu_busy_frac: F8
+    fb_used_bytes: I8
+    throttle: I8
+    lost: Flags
 
 
-class InstanceReadings(_Wire, frozen=True):
+class InstanceReadings(Columns):
     """One entry per instance of the node."""
 
-    num_running: list[int]
-    num_waiting: list[int]
-    kv_used_frac: list[float]
-    prompt_tokens_total: list[int]
-    output_tokens_total: list[int]
-    preemptions_total: list[int]
+    num_running: I8
+    num_waiting: I8
+    kv_used_frac: F8
+    prompt_tokens_total: I8
+    output_tokens_total: I8
+    preemptions_total: I8
 
 
-class TenantReadings(_Wire, frozen=True):
+class TenantReadings(Columns):
     """One entry per tenant of the node; kernel words, see STYLE's host table."""
 
-    working_set_bytes: list[int]
-    current_bytes: list[int]
-    limit_bytes: list[int]
-    swap_bytes: list[int]
-    major_faults_total: list[int]
-    refaults_total: list[int]
-    pressure_some_frac: list[float]
-    slowdown_frac: list[float]
-    frozen: list[bool]
+    working_set_bytes: I8
+    current_bytes: I8
+    limit_bytes: I8
+    swap_bytes: I8
+    major_faults_total: I8
+    refaults_total: I8
+    pressure_some_frac: F8
+    slowdown_frac: F8
+    frozen: Flags
 
 
-class SlotReadings(_Wire, frozen=True):
+class SlotReadings(Frozen, frozen=True):
     """What the slots of an elastic node hold, one entry per GPU; empty on other nodes."""
 
     layout_sequence: int
@@ -266,25 +271,173 @@ class SlotReadings(_Wire, frozen=True):
     ready_s: list[float]
 
 
-class Report(_Wire, frozen=True, tag=True):
-    """A node's state at ``Envelope.t_s``."""
+class Report(Frozen, frozen=True, tag=True):
+    """A node's state at ``Envelope.t_s``. Readings are packed; `report` makes one of columns."""
 
-    gpus: GpuReadings
-    instances: InstanceReadings
-    tenants: TenantReadings
+    gpus: bytes
+    """`GpuReadings`."""
+    instances: bytes
+    """`InstanceReadings`."""
+    tenants: bytes
+    """`TenantReadings`."""
     lease_epoch: int
     lease_sequence: int
     drift_total: int
     """Times a limit was found changed by somebody else and was set again."""
     late_s: float
     """How late the node took this sample, on its own clock."""
-    slots: SlotReadings = SlotReadings(0, [], [], [])
+    slots: SlotReadings | None = None
+    """Of elastic nodes only."""
+
+    def __post_init__(self) -> None:
+        # Written out, since it runs for every report that arrives.
+        if (
+            len(self.gpus) % _GPU_BYTES
+            or len(self.instances) % _INSTANCE_BYTES
+            or len(self.tenants) % _TENANT_BYTES
+        ):
+            raise ValueError("readings are no whole number of records")
+
+
+def report(
+    gpus: GpuReadings,
+    instances: InstanceReadings,
+    tenants: TenantReadings,
+    *,
+    lease_epoch: int = 0,
+    lease_sequence: int = 0,
+    drift_total: int = 0,
+    late_s: float = 0.0,
+    slots: SlotReadings | None = None,
+) -> Report:
+    """A report of these readings."""
+    return Report(
+        gpus.pack(),
+        instances.pack(),
+        tenants.pack(),
+        lease_epoch,
+        lease_sequence,
+        drift_total,
+        late_s,
+        slots if slots is not None and slots.serial else None,
+    )
+
+
+class RowReport(Frozen, frozen=True, tag=True):
+    """What many nodes reported of one moment: an entry per node, and their readings one after the
+    other. ``sequence`` and ``incarnation`` are the nodes' own, so that what was lost on the way to
+    a relay shows at the coordinator too.
+    """
+
+    node: list[str]
+    incarnation: list[int]
+    sequence: list[int]
+    num_gpus: list[int]
+    num_instances: list[int]
+    num_tenants: list[int]
+    gpus: bytes
+    instances: bytes
+    tenants: bytes
+    lease_epoch: list[int]
+    lease_sequence: list[int]
+    drift_total: list[int]
+    late_s: list[float]
+    slots: dict[int, SlotReadings]
+    """By place among the nodes; elastic ones only."""
+
+    def __post_init__(self) -> None:
+        count = len(self.node)
+        for name in _BY_NODE:
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"{name} has not {count} entries, as node has")
+        for kind, data, counts in self._parts():
+            if len(data) != sum(counts) * kind.size_bytes or min(counts, default=0) < 0:
+                raise ValueError(f"{len(data)} bytes are not the {kind.__name__} that it counts")
+        if not all(0 <= place < count for place in self.slots):
+            raise ValueError(f"slots of none of the {count} nodes")
+
+    def _parts(self) -> list[tuple[type[Columns], bytes, list[int]]]:
+        return [
+            (GpuReadings, self.gpus, self.num_gpus),
+            (InstanceReadings, self.instances, self.num_instances),
+            (TenantReadings, self.tenants, self.num_tenants),
+        ]
+
+    def pick(self, keep: list[bool]) -> RowReport:
+        """The same without some of the nodes."""
+        gpus, instances, tenants = (
+            kind.unpack(data).records[np.repeat(keep, counts)].tobytes()
+            for kind, data, counts in self._parts()
+        )
+        columns = {name: list(compress(getattr(self, name), keep)) for name in _BY_NODE}
+        kept = compress(range(len(keep)), keep)
+        slots = {new: self.slots[old] for new, old in enumerate(kept) if old in self.slots}
+        return RowReport(gpus=gpus, instances=instances, tenants=tenants, slots=slots, **columns)
+
+
+_BY_NODE = [
+    name
+    for name in RowReport.__struct_fields__
+    if name not in ("gpus", "instances", "tenants", "slots")
+]
+_GPU_BYTES = GpuReadings.size_bytes
+_INSTANCE_BYTES = InstanceReadings.size_bytes
+_TENANT_BYTES = TenantReadings.size_bytes
+
+
+def merge(words: Sequence[Envelope]) -> RowReport:
+    """One report of what several nodes reported of the same moment, in their order.
+
+    Args:
+        words: envelopes that hold a `Report` each, of one ``t_s``.
+    """
+    reports: list[Report] = [word.body for word in words]  # type: ignore[misc]
+    return RowReport(
+        [word.source for word in words],
+        [word.incarnation for word in words],
+        [word.sequence for word in words],
+        [len(report.gpus) // _GPU_BYTES for report in reports],
+        [len(report.instances) // _INSTANCE_BYTES for report in reports],
+        [len(report.tenants) // _TENANT_BYTES for report in reports],
+        b"".join([report.gpus for report in reports]),
+        b"".join([report.instances for report in reports]),
+        b"".join([report.tenants for report in reports]),
+        [report.lease_epoch for report in reports],
+        [report.lease_sequence for report in reports],
+        [report.drift_total for report in reports],
+        [report.late_s for report in reports],
+        {place: report.slots for place, report in enumerate(reports) if report.slots is not None},
+    )
+
+
+# Relays: between a row of nodes and the coordinator.
+
+
+class Forwarded(Frozen, frozen=True, tag=True):
+    """A control message that a relay passes on as it came: up from a node, or down to one."""
+
+    to: str
+    """The node it is for; empty on the way up, where the message says whose it is."""
+    message: bytes
+
+
+class RelayStatus(Frozen, frozen=True, tag=True):
+    """A relay lives, and its counters so far."""
+
+    nodes: int
+    """Nodes heard from."""
+    received_total: int
+    gaps_total: int
+    """Messages of its nodes that never came to it."""
+    dropped_total: int
+    """Messages that it could not pass on, up or down."""
+    bad_total: int
 
 
 # Serving.
 
 
-class Request(_Wire, frozen=True):
+class Request(Frozen, frozen=True):
     """What a client sends. Token counts are of the model's own tokenizer."""
 
     id: int
@@ -299,7 +452,7 @@ class Request(_Wire, frozen=True):
     slo_class: str = "default"
 
 
-class Submit(_Wire, frozen=True, tag=True):
+class Submit(Frozen, frozen=True, tag=True):
     """Serve this request on that instance of yours."""
 
     instance: int
@@ -309,7 +462,7 @@ class Submit(_Wire, frozen=True, tag=True):
     Orders queues by deadline."""
 
 
-class Progress(_Wire, frozen=True, tag=True):
+class Progress(Frozen, frozen=True, tag=True):
     """What became of requests, in columns: ``t_s`` is when it happened on the node."""
 
     request_id: list[int]
@@ -318,7 +471,7 @@ class Progress(_Wire, frozen=True, tag=True):
     preemptions: list[int]
 
 
-class Returned(_Wire, frozen=True, tag=True):
+class Returned(Frozen, frozen=True, tag=True):
     """Requests that an instance gave up before they ended, in columns.
 
     ``recalled`` was asked for; ``drained`` ran out of time; ``resharded`` lost its instance to
@@ -333,7 +486,7 @@ class Returned(_Wire, frozen=True, tag=True):
     why: list[ReturnedWhy]
 
 
-class Gaps(_Wire, frozen=True, tag=True):
+class Gaps(Frozen, frozen=True, tag=True):
     """Inter-token gaps of the last ``gaps_period_s``, as counts per instance and histogram bin."""
 
     instance: list[int]
@@ -345,7 +498,7 @@ class Gaps(_Wire, frozen=True, tag=True):
 # Control.
 
 
-class Lease(_Wire, frozen=True, tag=True):
+class Lease(Frozen, frozen=True, tag=True):
     """All caps of a node, for a while. Without renewal it moves to its safe caps by itself."""
 
     epoch: int
@@ -356,14 +509,14 @@ class Lease(_Wire, frozen=True, tag=True):
     """Highest SM clock allowed per GPU; 0 leaves it unlocked."""
 
 
-class TenantLimits(_Wire, frozen=True, tag=True):
+class TenantLimits(Frozen, frozen=True, tag=True):
     """Memory limits for tenants of the node, by index; they hold until changed."""
 
     tenant: list[int]
     memory_limit_bytes: list[int]
 
 
-class Arrange(_Wire, frozen=True, tag=True):
+class Arrange(Frozen, frozen=True, tag=True):
     """Hold these instances and no others; see `testbed.core.view.SetLayout`.
 
     An instance whose ``serial`` the node holds already goes on.
@@ -374,7 +527,7 @@ class Arrange(_Wire, frozen=True, tag=True):
     how: StartHow
 
 
-class Tune(_Wire, frozen=True, tag=True):
+class Tune(Frozen, frozen=True, tag=True):
     """A quick change to instances of the node.
 
     ``batch`` sets the most sequences in a batch to ``value``; ``order`` orders the queue by
@@ -387,7 +540,7 @@ class Tune(_Wire, frozen=True, tag=True):
     value_count: list[float]
 
 
-class Surroundings(_Wire, frozen=True, tag=True):
+class Surroundings(Frozen, frozen=True, tag=True):
     """What an emulated building does to an emulated node, until the next word.
 
     Real devices have real surroundings, and leave it alone.
@@ -401,7 +554,7 @@ class Surroundings(_Wire, frozen=True, tag=True):
     """What opaque VMs ask of each GPU, over what it can do at full clock; 0 without a VM."""
 
 
-class Ack(_Wire, frozen=True, tag=True):
+class Ack(Frozen, frozen=True, tag=True):
     """What the node did with a lease: refused (and why), or the limits as read back."""
 
     epoch: int
@@ -420,6 +573,9 @@ Body = (
     | Stop
     | Bye
     | Report
+    | RowReport
+    | Forwarded
+    | RelayStatus
     | Submit
     | Progress
     | Returned
@@ -433,7 +589,7 @@ Body = (
 )
 
 
-class Envelope(_Wire, frozen=True):
+class Envelope(Frozen, frozen=True):
     """Who says it (and which life of them), the how manieth word it is, and when it was true."""
 
     source: str

@@ -241,6 +241,9 @@ class TransportSpec(_Table, frozen=True):
     delay_s: Annotated[float, Meta(ge=0, le=1)] = 0.005
     jitter_s: NotNegative = 0.0
     loss_frac: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    relays: Literal["none", "row"] = "none"
+    """``row``: nodes of an emulated run talk through a relay per row. In virtual time nothing has
+    to be relayed: messages act at the same times either way."""
 
 
 class ControlSpec(_Table, frozen=True):
@@ -255,6 +258,9 @@ class ControlSpec(_Table, frozen=True):
     ramp_up_w_per_s: Positive = 200.0
     max_attempts: Count = 3
     """How often a request is routed before it is recorded as lost."""
+    realtime: bool = False
+    """Nodes of an emulated run ask for real-time priority (SCHED_FIFO), so that others' load does
+    not make them late. Needs the privilege; without it the node says so and goes on."""
     hold_limit: Count = 10_000
     """Requests held at the front door before further ones are rejected."""
 
@@ -270,6 +276,8 @@ class RecordSpec(_Table, frozen=True):
     """Counts of gaps between tokens are put together over so much time; 0 keeps each second's."""
     requests_every: Count = 1
     """Keep the rows of every so manieth request. Counts, tokens and SLOs are kept of all."""
+    checkpoint_s: NotNegative = 0.0
+    """Run time between two checkpoints, from which ``testbed resume`` goes on; 0 keeps none."""
     segments: bool = False
     """Keep the engines' segments: the time of each token of a virtual run can be had from them."""
     views: bool = True
@@ -503,8 +511,13 @@ def _check(spec: RunSpec) -> None:
             f"run spec: ledger.price_usd_per_kwh has {len(spec.ledger.price_usd_per_kwh)} values, "
             "must have 1 or 24"
         )
-    if spec.record.segments and spec.mode != "virtual":
-        raise SpecError(f"run spec: record.segments: only a virtual run has them, not {spec.mode}")
+    if spec.transport.relays != "none" and spec.mode == "hardware":
+        raise SpecError(
+            'run spec: transport.relays: start relays by hand (testbed relay) in mode "hardware"'
+        )
+    for field in ("segments", "checkpoint_s"):
+        if getattr(spec.record, field) and spec.mode != "virtual":
+            raise SpecError(f"run spec: record.{field}: only for virtual runs, not {spec.mode}")
     if spec.record.segments and spec.cluster.elastic:
         raise SpecError("run spec: record.segments: not with cluster.elastic")
     if spec.control.lease_s < 3 * spec.control.sample_period_s:

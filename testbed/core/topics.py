@@ -13,6 +13,7 @@ from testbed.core.messages import (
     Arrange,
     Body,
     Bye,
+    Forwarded,
     Gaps,
     Heartbeat,
     Hello,
@@ -21,8 +22,10 @@ from testbed.core.messages import (
     Pong,
     Progress,
     Refused,
+    RelayStatus,
     Report,
     Returned,
+    RowReport,
     Stop,
     Submit,
     Surroundings,
@@ -39,7 +42,7 @@ class Topic(NamedTuple):
 
     stream: Stream
     """``control`` is two-way and bounded; ``telemetry`` may be dropped, counted."""
-    sender: Literal["node", "coordinator"]
+    sender: Literal["node", "relay", "coordinator"]
     rate: str
     recorded: str
     """Table of the recording that keeps it, or empty."""
@@ -55,6 +58,9 @@ TOPICS: dict[type[Body], Topic] = {
     Stop: Topic("control", "coordinator", "once", "events"),
     Bye: Topic("control", "node", "once", "lateness"),
     Report: Topic("telemetry", "node", "every sample_period_s", "gpus, instances, tenants"),
+    RowReport: Topic("telemetry", "relay", "as Report, for many nodes", "gpus, instances, tenants"),
+    Forwarded: Topic("control", "relay", "per control message of a node behind a relay", ""),
+    RelayStatus: Topic("control", "relay", "every second", "events"),
     Submit: Topic("control", "coordinator", "per request", "requests"),
     Progress: Topic("control", "node", "per first token and end", "requests"),
     Gaps: Topic("control", "node", "every gaps_period_s", "itl"),

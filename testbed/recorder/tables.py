@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from testbed.core.columns import Columns
 from testbed.core.messages import GpuInfo, GpuReadings, InstanceReadings, TenantReadings
 from testbed.core.view import (
     PRECISIONS,
@@ -179,16 +180,20 @@ def _column(name: str, kind: str) -> Column:
 
 def _of_struct(struct: type[msgspec.Struct], **kinds: str) -> str:
     """Columns like the fields of a message; ``kinds`` says where single precision will not do."""
-    default = {"float": "f4", "int": "i8", "bool": "bool", "str": "name"}
+    default = {float: "f4", int: "i8", bool: "bool", str: "name"}
     return " ".join(
-        f"{field.name}:{kinds.get(field.name) or default[_inner(field.type)]}"
+        f"{field.name}:{kinds.get(field.name) or default[field.type]}"
         for field in msgspec.structs.fields(struct)
     )
 
 
-def _inner(kind: Any) -> str:
-    """``float`` for ``list[float]`` and for ``float``."""
-    return str(getattr(kind, "__args__", (kind,))[0].__name__)
+def _of_columns(readings: type[Columns], **kinds: str) -> str:
+    """Columns like those of readings."""
+    default = {"f": "f4", "i": "i8", "u": "bool"}
+    return " ".join(
+        f"{name}:{kinds.get(name) or default[readings.layout[name].kind]}"
+        for name in readings.names
+    )
 
 
 VIEW_STATIC = {
@@ -256,17 +261,17 @@ _ALL = [
     table(
         "gpus",
         "each GPU's readings",
-        f"t_s:f8 gpu:i4 {_of_struct(GpuReadings, energy_j='f8')}",
+        f"t_s:f8 gpu:i4 {_of_columns(GpuReadings, energy_j='f8')}",
     ),
     table(
         "instances",
         "each serving instance's readings, and the coordinator's account of it",
-        f"t_s:f8 instance:i4 {_of_struct(InstanceReadings)} outstanding_tokens:f8",
+        f"t_s:f8 instance:i4 {_of_columns(InstanceReadings)} outstanding_tokens:f8",
     ),
     table(
         "tenants",
         "each memory tenant's readings",
-        f"t_s:f8 tenant_index:i4 {_of_struct(TenantReadings)}",
+        f"t_s:f8 tenant_index:i4 {_of_columns(TenantReadings)}",
     ),
     table(
         "rows",

@@ -60,6 +60,8 @@ which in virtual time may be a thousand times a second."""
 FULL_ROWS = 1 << 17
 """A buffer of so many rows is flushed without waiting: it bounds memory."""
 ROW_GROUP_ROWS = 1 << 17
+CHECKPOINT = "checkpoint.msgpack"
+"""File of a run's last checkpoint, while it goes on."""
 BATCH_ROWS = 1 << 10
 """Single rows are turned into columns so many at a time: one by one costs five times as much."""
 
@@ -68,6 +70,9 @@ _VIEW_INSTANCES = view_columns(InstanceColumns)
 _VIEW_TENANTS = view_columns(TenantColumns)
 _OF_INSTANCES = ("drain", "max_num_seqs", "queue_order", "recall", "squash")
 _PACKAGES = ("serving-testbed", "numpy", "pyarrow", "scipy", "msgspec", "pyzmq", "nvidia-ml-py")
+
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 class TableWriter:
@@ -90,7 +95,6 @@ class TableWriter:
         self._names = [column.name for column in table.columns]
         self._rows: list[tuple[Any, ...]] = []
         self._sink: Any = None
-        self._stream: Any = None
 
     def append_row(self, row: tuple[Any, ...]) -> bool:
         """Add one row, in the table's order; True once it is time to flush.
@@ -152,42 +156,69 @@ class TableWriter:
         self._put_rows()
         if not self.num_rows:
             return
-        if self._stream is None:
-            self._sink = pa.OSFile(str(self._path), "wb")
-            self._stream = pa.ipc.new_stream(self._sink, self._schema)
+        if self._sink is None:
+            self._sink = self._path.open("wb")
+            self._sink.write(self._schema.serialize())
         arrays: list[Any] = [None] * len(self._names)
         for place, buffer in self._numeric:
             arrays[place] = pa.array(buffer[: self.num_rows])
         for place, texts in self._texts:
             arrays[place] = pa.array(texts, pa.string())
             texts.clear()
-        self._stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        # A stream is its schema, then batches, so it can be gone on with after a batch.
+        self._sink.write(pa.RecordBatch.from_arrays(arrays, schema=self._schema).serialize())
+        self._sink.flush()
         self.num_rows = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """What is on disk of the stream, after a `flush`."""
+        return self._sink.tell() if self._sink is not None else 0
+
+    def go_on_at(self, size_bytes: int) -> None:
+        """Forget what is buffered and what the stream holds beyond so many bytes; then go on."""
+        self._rows.clear()
+        self.num_rows = 0
+        for _, texts in self._texts:
+            texts.clear()
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+        if size_bytes:
+            self._sink = self._path.open("r+b")
+            self._sink.truncate(size_bytes)
+            self._sink.seek(size_bytes)
+        else:
+            self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Flush and end the stream."""
         self.flush()
-        if self._stream is not None:
-            self._stream.close()
+        if self._sink is not None:
+            self._sink.write(_END_OF_STREAM)
             self._sink.close()
-            self._stream = None
+            self._sink = None
 
 
 class _Due:
-    """Which samples of a bank to keep: those at least ``period_s`` apart."""
+    """Which samples of GPUs or instances to keep: those at least ``period_s`` apart."""
 
     def __init__(self, period_s: float) -> None:
         self.period_s = period_s
-        self.next_s: dict[int, float] = {}
+        self.next_s = np.empty(0)
+        """By index, when it is to be kept next."""
 
-    def now(self, bank: int, t_s: float) -> bool:
-        """Whether to keep the sample at ``t_s``; it is taken as kept."""
+    def now(self, places: Any, t_s: float) -> Any:
+        """Which of the samples at ``t_s`` to keep, taken as kept; None where all are."""
         if not self.period_s:
-            return True
-        if t_s < self.next_s.get(bank, t_s) - 1e-6:
-            return False
-        self.next_s[bank] = t_s + self.period_s
-        return True
+            return None
+        places = np.asarray(places, np.int64)
+        more = int(places.max(initial=-1)) + 1 - len(self.next_s)
+        if more > 0:
+            self.next_s = np.append(self.next_s, np.full(more, -np.inf))
+        due = t_s >= self.next_s[places] - 1e-6
+        self.next_s[places[due]] = t_s + self.period_s
+        return due
 
 
 class Recorder:
@@ -199,6 +230,7 @@ class Recorder:
         meta: further facts for the manifest: ``provenance`` (a list of ``{what, how, source}`` with
             ``how`` one of measured, emulated, assumed), ``late_limit_s`` and the like.
         extra_tables: tables of an experiment, beside those of `tables.TABLES`.
+        resume: go on with a recording that was broken off; `go_on` says from where.
     """
 
     def __init__(
@@ -208,12 +240,14 @@ class Recorder:
         spec: RunSpec,
         meta: Mapping[str, Any] | None = None,
         extra_tables: Sequence[Table] = (),
+        resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.spec = spec
         with _map_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if (self.folder / "manifest.json").exists():
+            there = (self.folder / "manifest.json").exists()
+            if there and not resume:
                 raise RecordingError(f"recording {self.folder}: there is one already")
             self._lock = lock_folder(self.folder)
             self._started = time.monotonic()
@@ -230,7 +264,9 @@ class Recorder:
         self._names: dict[str, tuple[str, ...]] = {}
         self._gpu_due = _Due(spec.record.gpu_period_s)
         self._instance_due = _Due(spec.record.instance_period_s)
-        self._held: dict[int, tuple[float, Any, GpuReadings]] = {}
+        # By GPU, what it said since it was recorded, and when (NaN: nothing).
+        self._held_s = np.empty(0)
+        self._held = np.empty(0, GpuReadings.layout)
         self._flushed = self._started
         self._last_s = 0.0
         self._closed = False
@@ -353,42 +389,48 @@ class Recorder:
     # Telemetry. The hot path: positional, no checks beyond NumPy's.
 
     def gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
-        """A node's report: ``gpu`` are the indices of its GPUs.
+        """What nodes reported: ``gpu`` are the indices of their GPUs.
 
         With ``record.gpu_period_s`` set, a report that comes too soon is held back; the last one
         is kept at the end, so that energy counters cover the whole run.
         """
-        bank = int(gpu[0])
-        if not self._gpu_due.now(bank, t_s):
-            self._held[bank] = (t_s, gpu, readings)
+        due = self._gpu_due.now(gpu, t_s)
+        if due is None:
+            self._put_gpus(t_s, gpu, readings)
             return
-        self._held.pop(bank, None)
-        self._put_gpus(t_s, gpu, readings)
+        gpu = np.asarray(gpu)
+        more = len(self._gpu_due.next_s) - len(self._held)
+        self._held_s = np.append(self._held_s, np.full(more, np.nan))
+        self._held = np.append(self._held, np.zeros(more, GpuReadings.layout))
+        self._held_s[gpu] = np.where(due, np.nan, t_s)
+        self._held[gpu[~due]] = readings.records[~due]
+        if due.any():
+            self._put_gpus(t_s, gpu[due], GpuReadings.of(readings.records[due]))
 
-    def _put_gpus(self, t_s: float, gpu: Any, readings: GpuReadings) -> None:
-        self._gpus.append(len(gpu), t_s, gpu, *msgspec.structs.astuple(readings))
-        self._last_s = t_s
+    def _put_gpus(self, t_s: Any, gpu: Any, readings: GpuReadings) -> None:
+        self._gpus.append(len(gpu), t_s, gpu, *readings.values())
+        self._last_s = float(np.max(t_s))
         if self._gpus.num_rows >= FULL_ROWS:
             self._flush()
 
     def instances(
         self, t_s: float, instance: Any, readings: InstanceReadings, outstanding_tokens: Any
     ) -> None:
-        """A node's instances, and how many tokens the coordinator holds each to have ahead.
+        """Nodes' instances, and how many tokens the coordinator holds each to have ahead.
 
         Thinned by ``record.instance_period_s``.
         """
-        if not len(instance) or not self._instance_due.now(int(instance[0]), t_s):
-            return
-        self._instances.append(
-            len(instance), t_s, instance, *msgspec.structs.astuple(readings), outstanding_tokens
-        )
+        due = self._instance_due.now(instance, t_s)
+        if due is not None:
+            instance, outstanding_tokens = np.asarray(instance)[due], outstanding_tokens[due]
+            readings = InstanceReadings.of(readings.records[due])
+        self._instances.append(len(instance), t_s, instance, *readings.values(), outstanding_tokens)
         if self._instances.num_rows >= FULL_ROWS:
             self._flush()
 
     def tenants(self, t_s: float, tenant: Any, readings: TenantReadings) -> None:
         """A node's memory tenants."""
-        self._tenants.append(len(tenant), t_s, tenant, *msgspec.structs.astuple(readings))
+        self._tenants.append(len(tenant), t_s, tenant, *readings.values())
         if self._tenants.num_rows >= FULL_ROWS:
             self._flush()
 
@@ -507,6 +549,35 @@ class Recorder:
             1, source, t_s, late_p50_s, late_p99_s, late_max_s, events, missed
         )
 
+    # Checkpoints.
+
+    def save(self) -> dict[str, Any]:
+        """Everything on disk, and what is needed to `go_on` from here."""
+        self._flush()
+        return {
+            "sizes_bytes": {name: writer.size_bytes for name, writer in self.tables.items()},
+            "gpu_due_s": self._gpu_due.next_s,
+            "instance_due_s": self._instance_due.next_s,
+            "held_s": self._held_s,
+            "held": self._held.tobytes(),
+        }
+
+    def go_on(self, saved: dict[str, Any]) -> None:
+        """Be where `save` was: what was recorded after it is forgotten."""
+        for name, writer in self.tables.items():
+            writer.go_on_at(saved["sizes_bytes"].get(name, 0))
+        self._gpu_due.next_s = saved["gpu_due_s"]
+        self._instance_due.next_s = saved["instance_due_s"]
+        self._held_s = saved["held_s"]
+        self._held = np.frombuffer(saved["held"], GpuReadings.layout).copy()
+
+    def keep_checkpoint(self, data: bytes) -> None:
+        """Put a checkpoint in place of the one before it, in one step."""
+        part = self.folder / f"{CHECKPOINT}.part"
+        with _map_os_errors(self.folder):
+            part.write_bytes(data)
+            os.replace(part, self.folder / CHECKPOINT)
+
     # To disk.
 
     def flush(self, now_s: float | None = None, *, now: bool = False) -> None:
@@ -532,12 +603,17 @@ class Recorder:
         if self._closed:
             return
         self._closed = True
-        for held in self._held.values():
-            self._put_gpus(*held)
+        held = np.flatnonzero(~np.isnan(self._held_s))
+        if len(held):
+            readings = GpuReadings.of(self._held[held])
+            self._put_gpus(self._held_s[held], held, readings)
         wall_s = time.monotonic() - self._started
         for writer in self.tables.values():
             writer.close()
-        _streams_to_parquet(self.folder)
+        if exit_status == "ok":
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        if not (self.folder / CHECKPOINT).exists():  # a run that can be gone on with stays streams
+            _streams_to_parquet(self.folder)
         self.manifest |= {
             "exit_status": exit_status,
             "error": error,
@@ -563,7 +639,8 @@ def finalise(folder: Path | str) -> None:
     with _map_os_errors(folder):
         lock = lock_folder(folder)
         try:
-            _streams_to_parquet(folder)
+            if not (folder / CHECKPOINT).exists():
+                _streams_to_parquet(folder)
             if manifest.get("exit_status") == "running":
                 manifest["exit_status"] = "killed"
                 write_json(folder / "manifest.json", manifest)

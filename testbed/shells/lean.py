@@ -54,6 +54,12 @@ class RequestPath:
         self.news: deque[tuple[float, int, list[Event]]] = deque()
         """Due time, engine and events of what the coordinator has not heard yet."""
 
+    def skip(self, count: int) -> None:
+        """Go on after the first ``count`` requests of the workload, which are played already."""
+        while self.arrived < count:
+            self.arrived += 1
+            self._next = next(self._requests, None)
+
     def submit(self, node: Node, body: Submit, now_s: float) -> None:
         """The coordinator sends a request to a node."""
         index = node.instances.start + body.instance
@@ -133,18 +139,19 @@ class BankReports:
         self._delay_s = delay_s
         self._tell = tell
         self._limits = servers.bank.state.control["power_limit_mw"]
-        self._left = self._limits.copy()
+        self.left_mw = self._limits.copy()
+        """Limits as we left them: whoever finds others there, finds somebody else's."""
         self._node_of = np.repeat(np.arange(len(guards)), len(self._limits) // len(guards))
 
     def sample(self, now_s: float) -> None:
         """What every node's daemon does once per period, after the physics of that instant."""
-        moved = set(self._node_of[self._limits != self._left].tolist())
+        moved = set(self._node_of[self._limits != self.left_mw].tolist())
         for index, guard in enumerate(self._guards):
             if index in moved or not guard.rest(now_s):
                 guard.advance(now_s)
                 moved.add(index)
         if moved:
-            self._left[:] = self._limits
+            self.left_mw[:] = self._limits
         servers = self._servers
         for index, events in servers.events():
             self._tell(index, events, now_s)

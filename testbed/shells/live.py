@@ -19,10 +19,12 @@ from daemons.devices.host import boot_id
 from testbed.coordinator.loop import Coordinator
 from testbed.core.clock import (
     HOUSEKEEPING,
+    Lateness,
     LiveScheduler,
 )
 from testbed.core.errors import TransportError
-from testbed.core.messages import Envelope, Hello, Ping, Pong
+from testbed.core.messages import Ack, Envelope, Hello, Ping, Pong
+from testbed.core.names import row_of
 from testbed.core.spec import RunSpec
 from testbed.core.transport.zmq import Curve, ZmqHub
 from testbed.recorder.writer import Recorder
@@ -34,6 +36,8 @@ _WARM_DELAY_S = 20.0
 """The same where nodes first load real models and warm their kernels."""
 _START_DELAY_S = 0.5
 """From the last hello to the run's zero: time for every node to get ready."""
+_WELCOME_S = 4e-4
+"""And for each node to be welcomed: 8,000 take about a second on half a core."""
 
 
 def run_live(
@@ -55,11 +59,14 @@ def run_live(
             # Answered at once: the round trip is what the node measures.
             hub.send(envelope.source, Pong(envelope.body.sent_ns, time.monotonic_ns()), 0.0)
         elif started:
+            if isinstance(envelope.body, Ack):
+                wire.answered(desk.coordinator, envelope.source, envelope.body)
             desk.deliver(envelope, due_s)
         elif isinstance(envelope.body, Hello):
             greetings[envelope.source] = envelope
 
     loop = LiveScheduler(lambda timeout_s: hub.poll(timeout_s))
+    wire = _Wire(loop)
     hub = ZmqHub(bind, deliver, spec.transport.delay_s, now_s=loop.wall_s, curve=curve)
     with contextlib.ExitStack() as stack:
         stack.callback(hub.close)
@@ -73,7 +80,9 @@ def run_live(
         )
         stack.callback(crew.close)
         _gather(spec, hub, greetings, crew, parts.progress)
-        delay_s = _WARM_DELAY_S if spec.mode == "hardware" else _START_DELAY_S
+        warms = spec.mode == "hardware" and not spec.forward  # a server is warm already
+        delay_s = _WARM_DELAY_S if warms else _START_DELAY_S
+        delay_s += _WELCOME_S * len(names)
         start_ns = time.monotonic_ns() + int(delay_s * 1e9)
         loop.start_ns = start_ns
         desk = Desk(parts, loop)
@@ -92,8 +101,7 @@ def run_live(
         )
         # What is slow the first time happens before the clock starts: files, imports, collection.
         parts.records.flush(now=True)
-        gc.collect()
-        gc.freeze()
+        stack.enter_context(rare_collections())
         started = True
         for name in sorted(greetings):
             desk.coordinator.on_message(greetings[name], 0.0)
@@ -104,10 +112,12 @@ def run_live(
             loop.call_at(now_s + 0.5, HOUSEKEEPING, watch)
 
         loop.call_at(0.5, HOUSEKEEPING, watch)
+        wire.begin()
         with signals_stop(loop.stop) as caught:
             loop.run(until_s=math.inf)
         crew.leaving = True
         end_s = loop.wall_s()
+        wire.end()
         desk.coordinator.stop(end_s, "the run is over")
         late = loop.lateness
         parts.records.lateness(
@@ -122,12 +132,58 @@ def run_live(
         deadline_s = end_s + 5.0
         while desk.coordinator.num_live and loop.wall_s() < deadline_s:
             loop.run(until_s=loop.wall_s() + 0.05)
+        parts.records.manifest["meta"]["wire"] = wire.facts(hub)
         for name, stats in sorted(hub.stats.items()):
             if stats.gaps_total or stats.stale_total:
                 text = f"{stats.gaps_total} messages missing, {stats.stale_total} stale"
                 parts.records.event(loop.now_s, "warning", name, "gaps", text)
         if caught:
             raise KeyboardInterrupt
+
+
+class _Wire:
+    """What the wire and this process had to bear, for the manifest."""
+
+    def __init__(self, loop: LiveScheduler) -> None:
+        self._loop = loop
+        self._trips = Lateness(math.inf)
+        self._cpu_s = (0.0, 0.0)
+
+    def begin(self) -> None:
+        self._cpu_s = (time.process_time(), time.thread_time())
+
+    def end(self) -> None:
+        process_s, thread_s = self._cpu_s
+        self._cpu_s = (time.process_time() - process_s, time.thread_time() - thread_s)
+
+    def answered(self, coordinator: Coordinator, source: str, ack: Ack) -> None:
+        """A node has answered a lease: how long was that after it left?
+
+        First leases do not count: they leave all at once, when all nodes join.
+        """
+        node = coordinator.layout.by_name.get(source)
+        if node is not None and 1 < ack.sequence == node.lease_sequence:
+            self._trips.add(self._loop.wall_s() - node.lease_seen_s)
+
+    def facts(self, hub: ZmqHub) -> dict[str, float]:
+        """Counters over all peers; times in seconds. Call after `end`."""
+        stats = hub.stats.values()
+        trips = self._trips
+        return {
+            "peers": len(hub.stats),
+            "received_total": sum(s.received_total for s in stats),
+            "gaps_total": sum(s.gaps_total for s in stats),
+            "stale_total": sum(s.stale_total for s in stats),
+            "late_total": sum(s.late_total for s in stats),
+            "dropped_total": hub.dropped_total,
+            "bad_total": hub.bad_total,
+            "round_trips": trips.events_total,
+            "round_trip_p50_s": trips.percentile_s(0.5),
+            "round_trip_p99_s": trips.percentile_s(0.99),
+            "round_trip_max_s": trips.max_s,
+            "cpu_s": self._cpu_s[0],
+            "cpu_main_thread_s": self._cpu_s[1],
+        }
 
 
 def _gather(
@@ -157,7 +213,10 @@ def _gather(
 
 
 class Crew:
-    """The node processes that an emulated run starts, watches, starts again and ends."""
+    """The processes that an emulated run starts, watches, starts again and ends.
+
+    They are its nodes and, where the spec asks for them, a relay for each row.
+    """
 
     MAX_RESTARTS = 3
 
@@ -175,22 +234,56 @@ class Crew:
         self._spec = spec
         self._folder = folder
         self._endpoint = endpoint
-        self._restarts = dict.fromkeys(names, 0)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        for index, name in enumerate(names):
-            self._start(name, index)
+        self._relays: dict[str, str] = {}
+        """Endpoints of relays by their names."""
+        if spec.transport.relays == "row":
+            for name in dict.fromkeys(_relay_of(name) for name in names):
+                self._relays[name] = "tcp://127.0.0.1:0"
+                self._start_relay(name)
+            for name in self._relays:
+                self._relays[name] = self._endpoint_said_by(name)
         self._index = {name: index for index, name in enumerate(names)}
+        self._restarts = dict.fromkeys([*self._relays, *names], 0)
+        for name in names:
+            self._start(name)
+
+    def _start(self, name: str) -> None:
+        if name in self._relays:
+            self._start_relay(name)
+        else:
+            self._start_node(name, self._index[name])
+
+    def _start_relay(self, name: str) -> None:
+        self._spawn(
+            name,
+            [
+                *("relay", "--coordinator", self._endpoint, "--name", name),
+                *("--bind", self._relays[name], "--orphan-exit-s", "60"),
+            ],
+        )
+
+    def _endpoint_said_by(self, name: str) -> str:
+        """Where a relay listens: the first line that it prints."""
+        path = self._place(name) / "endpoint"
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        while time.monotonic() < deadline:
+            self.check()
+            line = path.read_text() if path.exists() else ""
+            if line.endswith("\n"):
+                return line.strip()
+            time.sleep(0.02)
+        raise TransportError(f"relay {name} did not listen within {JOIN_TIMEOUT_S:g} s")
 
     def _place(self, name: str) -> Path:
         return self._folder / "nodes" / name.replace("/", ".")
 
-    def _start(self, name: str, index: int) -> None:
-        spec, place = self._spec, self._place(name)
-        place.mkdir(parents=True, exist_ok=True)
+    def _start_node(self, name: str, index: int) -> None:
+        spec = self._spec
+        endpoint = self._relays.get(_relay_of(name), self._endpoint)
         command = [
-            *(sys.executable, "-m", "testbed.cli", "node"),
-            *("--coordinator", self._endpoint, "--name", name),
-            *("--state-dir", str(place), "--orphan-exit-s", "60"),
+            *("node", "--coordinator", endpoint, "--name", name),
+            *("--state-dir", str(self._place(name)), "--orphan-exit-s", "60"),
             *("--delay-s", str(spec.transport.delay_s)),
         ]
         if spec.mode == "emulated":
@@ -210,14 +303,22 @@ class Crew:
                 command += ["--forward", spec.forward]
             if self._allow_writes:
                 command.append("--allow-hardware-writes")
+        if spec.control.realtime:
+            command.append("--realtime")
         if spec.tenants.per_node:
             command += ["--tenants", msgspec.json.encode(spec.tenants).decode()]
-        with (place / "node.log").open("ab") as log:
+        self._spawn(name, command)
+
+    def _spawn(self, name: str, arguments: list[str]) -> None:
+        """Start a process of ours, with its log in its place."""
+        place = self._place(name)
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / "node.log").open("ab") as log, (place / "endpoint").open("wb") as said:
             # A session of its own: Ctrl-C reaches the coordinator, which ends its nodes in order.
             self._processes[name] = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "testbed.cli", *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=said if name in self._relays else log,
                 stderr=log,
                 start_new_session=True,
                 env=_node_environment(),
@@ -230,17 +331,17 @@ class Crew:
             if code is not None:
                 log = (self._place(name) / "node.log").read_text(errors="replace").strip()
                 last = log.splitlines()[-1] if log else "no output"
-                raise TransportError(f"node {name} ended with exit status {code}: {last}")
+                raise TransportError(f"{name} ended with exit status {code}: {last}")
 
     def watch(self, records: Recorder, now_s: float) -> None:
-        """Start nodes again that ended in mid-run, as a service manager would."""
+        """Start again what ended in mid-run, as a service manager would."""
         for name, process in list(self._processes.items()):
             code = process.poll()
             if code is None or self.leaving or self._restarts[name] >= self.MAX_RESTARTS:
                 continue
             self._restarts[name] += 1
             records.event(now_s, "error", name, "died", f"exit status {code}; started again")
-            self._start(name, self._index[name])
+            self._start(name)
 
     def close(self) -> None:
         """End all nodes: politely, then not."""
@@ -256,10 +357,31 @@ class Crew:
                 process.wait()
 
 
+def _relay_of(node: str) -> str:
+    return f"{row_of(node)}/relay"
+
+
 def _node_environment() -> dict[str, str]:
     """Numerical libraries get one thread: nodes share the machine with each other."""
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {**os.environ, **single}
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Garbage collection seldom: what is there now is left out of it, and messages make no cycles.
+
+    By default a loop that takes in thousands of messages a tick collects at every few hundred.
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from daemons.tenants import TenantPlan, load_memory_trace
@@ -10,6 +12,8 @@ from emulators.gpu import GpuBank
 from emulators.profiles import GpuProfile
 from emulators.state import GpuState
 from testbed.core.spec import RunSpec, TenantsSpec
+
+_PAGE = 4096
 
 
 def emulated_bank(spec: RunSpec, profile: GpuProfile, state: GpuState, nodes: list[int]) -> GpuBank:
@@ -49,7 +53,8 @@ def tenant_plan(tenants: TenantsSpec, place: int) -> TenantPlan | None:
     return TenantPlan(
         count=tenants.per_node,
         memory_bytes=memory_bytes,
-        guaranteed_bytes=int(memory_bytes * tenants.guaranteed_frac),
+        # Whole pages: the kernel rounds limits down to them.
+        guaranteed_bytes=math.ceil(memory_bytes * tenants.guaranteed_frac / _PAGE) * _PAGE,
         trace=load_memory_trace(tenants.trace),
         speedup=tenants.speedup,
         first_day=place * tenants.per_node,

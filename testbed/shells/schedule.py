@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from testbed.core.clock import (
     LiveScheduler,
     VirtualScheduler,
 )
-from testbed.core.messages import Envelope
+from testbed.core.messages import Envelope, Report, merge
 from testbed.core.spec import RunSpec
 from testbed.recorder.writer import Recorder
 
@@ -48,14 +49,22 @@ class Status:
 
 @dataclass(slots=True)
 class Parts:
+    """What a run is put together from."""
+
     spec: RunSpec
-    folder: Path
-    records: Recorder
     controllers: list[Any]
     router: Any
     requests: Iterator[Any]
     profile: GpuProfile
     progress: Progress
+    records: Recorder = field(init=False)
+    checkpoint: bytes | None = None
+    """Go on from here."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is recorded."""
+        return self.records.folder
 
 
 class NodeSchedule:
@@ -94,6 +103,11 @@ class NodeSchedule:
             self._loop.call_at(next_s, SERVING, self._serve, self.daemon.name)
 
 
+_source = attrgetter("source")
+_TOGETHER_MAX = 500
+"""Reports taken in at a time: a live loop looks at its sockets in between, for what is urgent."""
+
+
 class Desk:
     """The coordinator with its schedule."""
 
@@ -101,21 +115,45 @@ class Desk:
         self._parts = parts
         self._loop = loop
         self._period_s = parts.spec.control.sample_period_s
-        self._ticks = 0
+        self.ticks = 0
+        self.on_tick: Callable[[float], object] = lambda now_s: None
+        """Called at each tick, after everything else."""
         self._started = time.monotonic()
         self._shown = self._flushed = 0.0
+        self._reports: dict[tuple[float, float], list[Envelope]] = {}
         self.coordinator: Coordinator
 
     def deliver(self, envelope: Envelope, due_s: float) -> None:
         """A message has arrived that is due at ``due_s``."""
+        if isinstance(envelope.body, Report):
+            self._bank(envelope, due_s)
+            return
         take = partial(self.coordinator.on_message, envelope)
         self._loop.call_at(due_s, DELIVERY, take, envelope.source)
+
+    def _bank(self, envelope: Envelope, due_s: float) -> None:
+        """Reports that are due together are taken in together: that costs a tenth."""
+        moment = (due_s, envelope.t_s)
+        words = self._reports.get(moment)
+        if words is None:
+            words = self._reports[moment] = []
+            self._loop.call_at(due_s, DELIVERY, partial(self._take_reports, moment))
+        words.append(envelope)
+
+    def _take_reports(self, moment: tuple[float, float], now_s: float) -> None:
+        words = self._reports.pop(moment)
+        words.sort(key=_source)  # the order in which they came is the network's affair
+        if len(words) > _TOGETHER_MAX:
+            self._reports[moment] = words[_TOGETHER_MAX:]
+            self._loop.call_at(moment[0], DELIVERY, partial(self._take_reports, moment))
+            del words[_TOGETHER_MAX:]
+        self.coordinator.on_reports(merge(words), moment[1], now_s)
 
     def begin(self, *, arrivals: bool = True) -> None:
         """Start ticks and, unless somebody else brings the requests, arrivals."""
         if arrivals:
             self._next_arrival()
-        self._loop.call_at(0.0, CONTROL, self._tick)
+        self._loop.call_at(self.ticks * self._period_s, CONTROL, self._tick)
 
     def _next_arrival(self) -> None:
         request = next(self._parts.requests, None)
@@ -142,8 +180,9 @@ class Desk:
         if over or now_s >= spec.duration_s + spec.drain_s - 1e-9:
             self._loop.stop()
             return
-        self._ticks += 1
-        self._loop.call_at(self._ticks * self._period_s, CONTROL, self._tick)
+        self.ticks += 1
+        self._loop.call_at(self.ticks * self._period_s, CONTROL, self._tick)
+        self.on_tick(now_s)
 
     def status(self, now_s: float) -> Status:
         """For a progress display."""

@@ -18,9 +18,13 @@ from testbed.core.clock import (
     PHYSICS,
     SAMPLE,
     VirtualScheduler,
+    rare_collections,
 )
+from testbed.core.freeze import thaw
 from testbed.core.messages import Bye, Envelope
 from testbed.core.transport.memory import Network
+from testbed.shells.checkpoint import Checkpoints, Stage
+from testbed.shells.checkpoint import check as check_checkpoints
 from testbed.shells.lean import BankReports, RequestPath
 from testbed.shells.plant import emulated_bank, gpu_faults, tenant_plan
 from testbed.shells.schedule import Desk, NodeSchedule, Parts
@@ -99,6 +103,23 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
             daemons = [node.daemon for node in nodes]
             bank = BankReports(loop, servers, daemons, guards, transport.delay_s, path.tell)
             bank.coordinator = desk.coordinator
+    stage: Stage | None = None
+    if path is not None and bank is not None:
+        stage = Stage(
+            spec=spec,
+            records=parts.records,
+            loop=loop,
+            servers=servers,
+            daemons=[node.daemon for node in nodes],
+            guards=guards,
+            coordinator=desk.coordinator,
+            controllers=parts.controllers,
+            router=parts.router,
+            path=path,
+            reports=bank,
+        )
+    if spec.record.checkpoint_s:
+        check_checkpoints(spec, lean=stage is not None)
     # Nodes join before time zero, as they do in a live run.
     loop.now_s = -1.0
     for node in nodes:
@@ -123,10 +144,18 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
         ticks += 1
         loop.call_at(ticks * period_s, PHYSICS, tick)
 
+    if stage is not None and spec.record.checkpoint_s:
+        checkpoints = Checkpoints(stage, lambda: (ticks, desk.ticks))
+        desk.on_tick = checkpoints.after_tick
+        if parts.checkpoint is not None:
+            kept = thaw(parts.checkpoint)
+            checkpoints.go_on(kept)
+            ticks, desk.ticks = kept["ticks"]
     run = path.run if path is not None else loop.run
-    loop.call_at(0.0, PHYSICS, tick)
+    loop.call_at(ticks * period_s, PHYSICS, tick)
     desk.begin(arrivals=path is None)
-    run(math.inf)
+    with rare_collections():
+        run(math.inf)
     end_s = loop.now_s
     # Jitter is exponential: thirty times its mean is beyond any that will be drawn.
     wire_s = transport.delay_s + 30.0 * transport.jitter_s + 1e-6

@@ -33,6 +33,7 @@ from testbed.core.messages import (
     TenantReadings,
     encode,
 )
+from testbed.core.messages import report as packed
 from testbed.core.transport.base import COORDINATOR, Hub, Spoke
 from testbed.core.transport.memory import Network
 from testbed.core.transport.zmq import Curve, ZmqHub, ZmqSpoke, generate_keys
@@ -45,19 +46,16 @@ OTHER = "row0/rack0/node001"
 def report(gpus: int = 1, tag: int = 0) -> Report:
     """A report of ``gpus`` GPUs that can be told from others by ``tag``."""
     watts, counts = [300.5] * gpus, [7] * gpus
-    return Report(
+    return packed(
         GpuReadings(
             *([watts] * 9),
             fb_used_bytes=counts,
             throttle=counts,
             lost=[False] * gpus,
         ),
-        InstanceReadings([], [], [], [], [], []),
-        TenantReadings([], [], [], [], [], [], [], [], []),
+        InstanceReadings.empty(),
+        TenantReadings.empty(),
         lease_epoch=tag,
-        lease_sequence=0,
-        drift_total=0,
-        late_s=0.0,
     )
 
 

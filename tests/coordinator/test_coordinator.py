@@ -12,6 +12,7 @@ from testbed.coordinator.cluster import Layout
 from testbed.coordinator.loop import Coordinator
 from testbed.core.errors import SpecError
 from testbed.core.messages import (
+    PROTOCOL_VERSION,
     Envelope,
     GpuInfo,
     GpuReadings,
@@ -20,15 +21,19 @@ from testbed.core.messages import (
     Lease,
     Progress,
     Refused,
-    Report,
     Request,
     Submit,
     TenantReadings,
     Welcome,
+    decode,
+    encode,
+    merge,
 )
+from testbed.core.messages import report as packed
 from testbed.core.spec import parse_spec
 from testbed.core.view import SetPowerLimit
 from testbed.policies.least_loaded import LeastLoaded
+from testbed.recorder.reader import Recording
 from testbed.recorder.writer import Recorder
 
 SPEC = """
@@ -90,7 +95,7 @@ def info(k):
 
 
 def hello(world, node, life=1, gpus=2, now_s=0.0):
-    body = Hello(1, "", [info(k) for k in range(gpus)], [])
+    body = Hello(PROTOCOL_VERSION, "", [info(k) for k in range(gpus)], [])
     world.on_message(Envelope(node, life, 1, now_s, body), now_s)
 
 
@@ -100,7 +105,7 @@ def report(world, node, now_s, life=1, draw_w=300.0, limit_w=700.0, lost=False):
         [50.0] * 2, [50.0] * 2, [1.0] * 2, [1] * 2, [0] * 2, [lost, False],
     )  # fmt: skip
     instances = InstanceReadings([0] * 2, [0] * 2, [0.0] * 2, [0] * 2, [0] * 2, [0] * 2)
-    body = Report(readings, instances, TenantReadings(*([[]] * 9)), 1, 1, 0, 0.0)
+    body = packed(readings, instances, TenantReadings.empty())
     world.on_message(Envelope(node, life, 2, now_s, body), now_s)
 
 
@@ -125,6 +130,55 @@ def test_who_does_not_fit_is_refused_with_the_reason(world):
     reasons = [body.reason for body in world.fake.of(Refused)]
     assert "none of the 2 nodes" in reasons[0]
     assert "5 GPUs, the run file says 2" in reasons[1]
+
+
+def test_a_report_that_does_not_fit_its_node_is_ignored_and_said_once(world, tmp_path):
+    join(world)
+    body = packed(GpuReadings(*([[900.0] * 3] * 9), [1] * 3, [0] * 3, [False] * 3),
+                  InstanceReadings.empty(), TenantReadings.empty())  # fmt: skip
+    before = world.view.gpus.power_avg_w.copy()
+    for sequence in (3, 4):
+        world.on_message(Envelope(NODES[0], 1, sequence, 1.0, body), 1.0)
+    assert (world.view.gpus.power_avg_w == before).all()
+    world._records.close()
+    events = Recording.open(tmp_path / "run").table("events").to_pylist()
+    [bad] = [event for event in events if event["kind"] == "bad report"]
+    assert bad["text"] == "reports [3, 0, 0] GPUs, instances and tenants; it has [2, 2, 0]"
+
+
+def test_merged_reports_do_what_single_ones_do(world):
+    """Also when one of the senders is unknown, and one is in another life."""
+    join(world)
+    words = []
+    for node, life, draw_w in ((NODES[1], 1, 410.0), ("row7/x", 1, 1.0), (NODES[0], 9, 2.0)):
+        columns = [[draw_w, draw_w + 1]] * 4 + [[0.0] * 2] * 5
+        readings = GpuReadings(*columns, [1] * 2, [0] * 2, [False, False])
+        instances = InstanceReadings(*([[3, 4]] * 2), [0.5] * 2, *([[5, 6]] * 3))
+        body = packed(readings, instances, TenantReadings.empty())
+        words.append(Envelope(node, life, 3, 2.0, body))
+    world.on_message(decode(encode(Envelope("row0/relay", 1, 1, 2.0, merge(words)))), 2.1)
+    assert world.view.gpus.power_avg_w.tolist() == [300.0, 300.0, 410.0, 411.0]
+    assert world.view.gpus.t_s.tolist() == [0.0, 0.0, 2.0, 2.0]
+    assert world.view.instances.num_waiting.tolist() == [0, 0, 3, 4]
+    assert [node.last_s for node in world.layout.nodes] == [0.0, 2.1]
+
+
+def test_leases_of_many_nodes_are_renewed_apart(tmp_path):
+    spec = parse_spec(SPEC.replace("_row = 2", "_row = 20").replace("2000", "20000"))
+    hub = FakeHub()
+    with Recorder(tmp_path / "many", spec=spec) as records:
+        many = Coordinator(spec, hub, records, [], LeastLoaded(), run_id="r")
+        names = [node.name for node in many.layout.nodes]
+        join(many, *names)
+        sent = []
+        for step in range(1, 31):
+            for name in names:
+                report(many, name, step * 0.1)
+            hub.sent.clear()
+            many.tick(step * 0.1)
+            sent.append(len(hub.of(Lease)))
+    assert sum(sent) == pytest.approx(3 * len(names), abs=len(names))
+    assert max(sent) <= len(names) // 4
 
 
 def test_a_budget_below_what_devices_can_be_set_to_is_impossible():

@@ -348,3 +348,21 @@ def test_the_true_offset_is_within_the_error_that_clock_sync_states(offset_ns, t
     assert abs(sync.offset_ns - offset_ns) <= sync.error_s * 1e9 + 1
     assert sync.error_s * 1e9 == pytest.approx(min(map(sum, trips)) / 2)
     assert sync.answers == len(trips)
+
+
+def test_a_loop_that_is_behind_polls_and_still_does_what_is_due():
+    """Even when each poll takes longer than the time between two polls."""
+    done, polls = [], []
+
+    def slow_poll(timeout_s: float) -> None:
+        polls.append(timeout_s)
+        time.sleep(0.004)
+        # What arrives is due already, as from a sender that is behind too.
+        loop.call_at(loop.wall_s() - 0.01, DELIVERY, done.append)
+
+    loop = LiveScheduler(slow_poll)
+    loop.call_at(0.0, CONTROL, lambda t_s: loop.call_at(0.05, CONTROL, lambda t_s: loop.stop()))
+    loop.run(until_s=20.0)
+    assert loop.wall_s() < 10.0, "stopped by what was due, not by the end"
+    assert done
+    assert polls

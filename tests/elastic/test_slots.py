@@ -13,6 +13,7 @@ from testbed.coordinator.cluster import Layout
 from testbed.coordinator.loop import Coordinator
 from testbed.core.errors import PolicyError
 from testbed.core.messages import (
+    PROTOCOL_VERSION,
     Arrange,
     Delays,
     EngineConfig,
@@ -22,7 +23,6 @@ from testbed.core.messages import (
     InstanceConfig,
     InstanceReadings,
     NodeConfig,
-    Report,
     Request,
     Returned,
     SlotReadings,
@@ -31,6 +31,7 @@ from testbed.core.messages import (
     Tune,
     Welcome,
 )
+from testbed.core.messages import report as packed
 from testbed.core.spec import parse_spec
 from testbed.core.view import DRAINING, OFF, STARTING, UP, Placement, SetBatch, SetLayout
 from testbed.policies.least_loaded import LeastLoaded
@@ -139,7 +140,7 @@ def test_totals_of_a_slot_never_fall():
     before = bench.serving.read(1.0).output_tokens_total[0]
     assert before == 50
     bench.serving.arrange(1, [instance(2, 0, 1), instance(3, 1, 1)], "snapshot", 1.0)
-    assert bench.serving.read(1.0).output_tokens_total == [50, 0, 0, 0]
+    assert bench.serving.read(1.0).output_tokens_total.tolist() == [50, 0, 0, 0]
     bench.until(2.0)
     bench.serving.submit(0, Request(2, 2.0, 100, 10), 2.0)
     bench.until(3.0)
@@ -212,11 +213,11 @@ def report(world, slots, now_s, life=1):
     gpus = GpuReadings(one, one, one, one, zero, one, one, one, zero, [0] * 4, [0] * 4, [False] * 4)
     instances = InstanceReadings([0] * 4, [0] * 4, zero, [0] * 4, [0] * 4, [0] * 4)
     tenants = TenantReadings(*([[]] * 9))
-    hear(world, Report(gpus, instances, tenants, 1, 1, 0, 0.0, slots), now_s, life)
+    hear(world, packed(gpus, instances, tenants, slots=slots), now_s, life)
 
 
 def join(world, slots, now_s=0.0, life=1):
-    hear(world, Hello(1, "", [info(k) for k in range(4)], []), now_s, life)
+    hear(world, Hello(PROTOCOL_VERSION, "", [info(k) for k in range(4)], []), now_s, life)
     report(world, slots, now_s, life)
 
 

@@ -20,6 +20,9 @@ class PlainCost:
     flops_per_pair = 2.0
     bytes_per_pair = 0.5
 
+    def __init__(self):
+        self.decode_tables = {}
+
     def base_s(self, num_seqs, prefill_tokens, num_prefill_seqs, encode_tiles, clock_frac):
         compute_s = (1e-5 * num_seqs + 2e-5 * prefill_tokens) / clock_frac
         launch_s = 1e-4 * num_prefill_seqs

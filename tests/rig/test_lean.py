@@ -34,6 +34,29 @@ class Drains:
         return [DrainInstance(np.array([0, 1, 4]), self.on)]
 '''
 
+KNOBS = '''
+from testbed.policies import OrderQueue, RecallWaiting, SetBatch, Squash
+import numpy as np
+
+class Knobs:
+    """Turns every quick knob in turn, every second."""
+
+    period_s = 1.0
+
+    def __init__(self):
+        self.step_count = 0
+
+    def step(self, view):
+        self.step_count += 1
+        all_of_them = np.arange(len(view.instances.name))
+        return [
+            [SetBatch(all_of_them, 2 + self.step_count % 5)],
+            [RecallWaiting(all_of_them)],
+            [OrderQueue(all_of_them)],
+            [Squash(all_of_them, 0.5)],
+        ][self.step_count % 4]
+'''
+
 
 def both_ways(tmp_path, monkeypatch, *overrides, text=SMALL):
     folders = []
@@ -123,3 +146,12 @@ def test_nodes_say_goodbye_without_messages_too(tmp_path):
     folder = rig.run(parse_spec(SMALL, ["duration_s=2"]), tmp_path / "runs")
     sources = {row["source"] for row in Recording.open(folder).table("lateness").to_pylist()}
     assert sources == {"row0/rack0/node000", "row1/rack0/node001"}
+
+
+def test_quick_knobs_reach_engines_that_are_driven_without_messages(tmp_path, monkeypatch):
+    (tmp_path / "knobs.py").write_text(KNOBS)
+    overrides = [f"policy.0.use={tmp_path / 'knobs.py'}", "workload.rate_rps=90"]
+    engine = ["pool.0.engine={max_num_seqs=8}", "pool.1.engine={max_num_seqs=8}"]
+    lean, messages = both_ways(tmp_path, monkeypatch, *overrides, *engine)
+    assert table_hashes(lean) == table_hashes(messages)
+    assert len(Recording.open(lean).table("moves")) > 10

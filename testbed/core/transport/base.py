@@ -52,16 +52,22 @@ class PeerCounter:
     StreamStats(received_total=2, gaps_total=2, stale_total=1, late_total=0)
     """
 
-    __slots__ = ("_incarnation", "_last", "stats")
+    __slots__ = ("_incarnation", "_last", "key", "stats")
 
-    def __init__(self) -> None:
+    def __init__(self, key: str = "") -> None:
+        self.key = key
+        """Public key that the peer's name belongs to; empty where there are no keys."""
         self.stats = StreamStats()
         self._incarnation = -1
         self._last: dict[Stream, int] = {}
 
     def take(self, envelope: Envelope, stream: Stream) -> bool:
         """Whether to deliver the message; counts it, and what is missing before it."""
-        incarnation, sequence, stats = envelope.incarnation, envelope.sequence, self.stats
+        return self.count(envelope.incarnation, envelope.sequence, stream)
+
+    def count(self, incarnation: int, sequence: int, stream: Stream) -> bool:
+        """The same by its numbers."""
+        stats = self.stats
         if incarnation > self._incarnation:
             self._incarnation = incarnation
             self._last.clear()

@@ -20,6 +20,10 @@ Traps that this file knows (libzmq 4.3, each tried out):
   ZAP_ENFORCE_DOMAIN is set;
 - a message above MAXMSGSIZE makes the receiver cut the connection, so it is dropped at the sender;
 - contexts do not survive a fork.
+
+A node may speak through a relay (`testbed.shells.relay`): its control messages then arrive inside
+`Forwarded`, its reports inside `RowReport`. The hub remembers which way a node was heard last and
+answers that way. Both hops count: the relay's own sequence numbers, and the node's within.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
 import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
@@ -42,10 +47,13 @@ from testbed.core.messages import (
     MAX_MESSAGE_BYTES,
     Body,
     Envelope,
+    Forwarded,
     Hello,
     Ping,
     Pong,
     Refused,
+    RelayStatus,
+    RowReport,
     Welcome,
     decode,
     encode,
@@ -59,12 +67,17 @@ _TELEMETRY_HWM_MESSAGES = 1_000
 """Per node: 100 s of reports at 10 Hz; what is older tells nobody anything."""
 _DRAIN_MESSAGES = 1_000
 """Messages taken in per socket and poll, so that no socket starves another or the caller."""
+_SLICE_MESSAGES = 125
+"""Reports taken in before control is looked at again: less than a millisecond of them."""
+_BACKLOG = 4_096
+"""Connections that may wait to be accepted: a whole fleet comes back at once after an outage. The
+system bounds it (net.core.somaxconn); what is refused tries again a second later."""
 _CONNECT_MS = 250
 """How long a node waits for its connection when it is made; later, nothing ever waits."""
 _RECONNECT_MAX_MS = 1_000
 """Attempts back off to this, so that a lost coordinator is not met by a storm."""
 _ZAP_DOMAIN = "testbed"
-_UNTIMED = (Hello, Welcome, Refused, Ping, Pong)
+_UNTIMED = (Hello, Welcome, Refused, Ping, Pong, RelayStatus)
 """Said before the two ends agree on a clock; whether these are late means nothing."""
 
 
@@ -136,9 +149,8 @@ class _Sockets:
     def listen(self, socket: zmq.Socket[bytes]) -> None:
         self._poller.register(socket, zmq.POLLIN)
 
-    def send(self, socket: zmq.Socket[bytes], envelope: Envelope, to: bytes | None = None) -> bool:
+    def send(self, socket: zmq.Socket[bytes], data: bytes, to: bytes | None = None) -> bool:
         self._check_process()
-        data = encode(envelope)
         try:
             if len(data) > MAX_MESSAGE_BYTES:
                 raise zmq.Again  # as good as a full queue: it will not get through
@@ -220,8 +232,9 @@ class ZmqHub:
         self.stats: dict[str, StreamStats] = {}
         self.incarnation = time.time_ns() if incarnation is None else incarnation
         self._counters: dict[str, PeerCounter] = {}
-        self._keys: dict[str, str] = {}
         self._sequence: dict[str, int] = {}
+        self._routes: dict[str, str] = {}
+        """Which relay a node is behind."""
         self._deliver, self._delay_s, self._now_s = deliver, delay_s, now_s
         self._guard: ThreadAuthenticator | None = None
         self._io = _Sockets(curve, host)
@@ -245,6 +258,7 @@ class ZmqHub:
 
     def _open(self, kind: int, hwm_messages: int) -> zmq.Socket[bytes]:
         socket = self._io.open(kind, hwm_messages)
+        socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         if self._guard is not None:
             socket.curve_server = True
             socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.encode())
@@ -281,20 +295,34 @@ class ZmqHub:
 
     def send(self, to: str, body: Body, t_s: float) -> bool:
         """Queue a message to a node; False if it is not connected or its queue is full."""
+        return self.pass_on(to, self._word(to, body, t_s), t_s)
+
+    def pass_on(self, to: str, data: bytes, t_s: float) -> bool:
+        """Queue a message as somebody else made it; False as for `send`."""
+        relay = self._routes.get(to)
+        if relay is not None:
+            to, data = relay, self._word(relay, Forwarded(to, data), t_s)
+        return self._io.send(self._control, data, to.encode())
+
+    def _word(self, to: str, body: Body, t_s: float) -> bytes:
         sequence = self._sequence[to] = self._sequence.get(to, 0) + 1
-        envelope = Envelope(COORDINATOR, self.incarnation, sequence, t_s, body)
-        return self._io.send(self._control, envelope, to.encode())
+        return encode(Envelope(COORDINATOR, self.incarnation, sequence, t_s, body))
 
     def poll(self, timeout_s: float) -> None:
         """Deliver what has arrived, waiting up to ``timeout_s`` for the first."""
         if not self._io.wait(timeout_s):
             return
-        self._drain(self._control, "control", num_frames=2)
-        self._drain(self._telemetry, "telemetry", num_frames=1)
+        control = _DRAIN_MESSAGES
+        for _ in range(_DRAIN_MESSAGES // _SLICE_MESSAGES):
+            control -= self._drain(self._control, "control", 2, control)
+            taken = self._drain(self._telemetry, "telemetry", 1, _SLICE_MESSAGES)
+            if taken < _SLICE_MESSAGES:
+                break
 
-    def _drain(self, socket: zmq.Socket[bytes], stream: Stream, *, num_frames: int) -> None:
-        key = ""
-        for _ in range(_DRAIN_MESSAGES):
+    def _drain(self, socket: zmq.Socket[bytes], stream: Stream, num_frames: int, limit: int) -> int:
+        """Take in up to ``limit`` messages; returns how many."""
+        key, now_s = "", self._now_s()
+        for taken in range(limit):
             try:
                 if self._guard is None:
                     frames = socket.recv_multipart(zmq.NOBLOCK)
@@ -302,30 +330,79 @@ class ZmqHub:
                     parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
                     frames, key = [part.bytes for part in parts], str(parts[-1].get("User-Id"))
             except zmq.Again:
-                return
+                return taken
             if len(frames) == num_frames:
-                self._take(frames, key, stream)
+                self._take(frames, key, stream, now_s)
             else:
                 self._io.bad_total += 1
+        return limit
 
-    def _take(self, frames: Sequence[bytes], key: str, stream: Stream) -> None:
+    def _take(self, frames: Sequence[bytes], key: str, stream: Stream, now_s: float) -> None:
         envelope = self._io.read(frames[-1])
         if envelope is None:
             return
-        name = envelope.source
-        if (
-            TOPICS[type(envelope.body)].stream != stream
-            or (stream == "control" and name.encode() != frames[0])
-            or self._keys.setdefault(name, key) != key
+        name, body = envelope.source, envelope.body
+        if TOPICS[type(body)].stream != stream or (
+            stream == "control" and name.encode() != frames[0]
         ):
             self._io.bad_total += 1
             return
-        counter = self._counters.get(name)
-        if counter is None:
-            counter = self._counters[name] = PeerCounter()
-            self.stats[name] = counter.stats
-        if counter.take(envelope, stream):
-            _hand_over(envelope, self._delay_s, self._now_s, counter.stats, self._deliver)
+        counter = self._counters.get(name) or self._meet(name, key)
+        if counter.key != key:
+            self._io.bad_total += 1
+        elif not counter.take(envelope, stream):
+            pass
+        elif isinstance(body, Forwarded):
+            self._take_forwarded(name, body.message, key, now_s)
+        elif isinstance(body, RowReport):
+            self._take_row(envelope, body, key, now_s)
+        else:
+            if stream == "control":
+                self._routes.pop(name, None)
+            _hand_over(envelope, self._delay_s, now_s, counter.stats, self._deliver)
+
+    def _take_forwarded(self, relay: str, data: bytes, key: str, now_s: float) -> None:
+        """What a node said through a relay; it has the relay's key from then on."""
+        envelope = self._io.read(data)
+        if envelope is None:
+            return
+        name = envelope.source
+        topic = TOPICS[type(envelope.body)]
+        if (topic.stream, topic.sender) != ("control", "node"):
+            self._io.bad_total += 1
+            return
+        counter = self._counters.get(name) or self._meet(name, key)
+        if counter.key != key:
+            self._io.bad_total += 1
+            return
+        self._routes[name] = relay
+        if counter.take(envelope, "control"):
+            _hand_over(envelope, self._delay_s, now_s, counter.stats, self._deliver)
+
+    def _take_row(self, envelope: Envelope, row: RowReport, key: str, now_s: float) -> None:
+        """What many nodes reported through a relay: each counts for itself."""
+        keep = []
+        for name, incarnation, number in zip(row.node, row.incarnation, row.sequence, strict=True):
+            counter = self._counters.get(name) or self._meet(name, key)
+            if counter.key != key:
+                self._io.bad_total += 1
+                keep.append(False)
+            else:
+                keep.append(counter.count(incarnation, number, "telemetry"))
+        if not all(keep):
+            envelope = msgspec.structs.replace(envelope, body=row.pick(keep))
+        stats = self._counters[envelope.source].stats
+        _hand_over(envelope, self._delay_s, now_s, stats, self._deliver)
+
+    def _meet(self, name: str, key: str) -> PeerCounter:
+        """Somebody speaks for the first time: the name belongs to this key from now on."""
+        counter = self._counters[name] = PeerCounter(key)
+        self.stats[name] = counter.stats
+        return counter
+
+    def wake_for(self, spoke: ZmqSpoke) -> None:
+        """Have what comes to a spoke of this process end the waiting of `poll` too."""
+        self._io.listen(spoke.control)
 
     def close(self) -> None:
         """Release the sockets without waiting for the peers."""
@@ -385,22 +462,22 @@ class ZmqSpoke:
         self._deliver, self._delay_s, self._now_s = deliver, delay_s, now_s
         self._io = _Sockets(curve, host)
         try:
-            self._control = self._open(zmq.DEALER, hwm_messages or _CONTROL_HWM_MESSAGES)
-            self._control.setsockopt(zmq.IDENTITY, name.encode())
+            self.control = self._open(zmq.DEALER, hwm_messages or _CONTROL_HWM_MESSAGES)
+            self.control.setsockopt(zmq.IDENTITY, name.encode())
             telemetry = self._open(zmq.PUB, hwm_messages or _TELEMETRY_HWM_MESSAGES)
             telemetry.setsockopt(zmq.XPUB_NODROP, 1)
             if curve is not None:
-                self._control.curve_serverkey = telemetry.curve_serverkey = server_key
+                self.control.curve_serverkey = telemetry.curve_serverkey = server_key
             telemetry.connect(_join(host, port + 1))
-            self._control.connect(_join(host, port))
+            self.control.connect(_join(host, port))
         except zmq.ZMQError as error:
             self._io.close()
             raise TransportError(
                 f"cannot connect to {connect}: {zmq.strerror(error.errno or 0)}"
             ) from None
-        self._by_stream = {"control": self._control, "telemetry": telemetry}
-        self._io.listen(self._control)
-        self._control.poll(_CONNECT_MS, zmq.POLLOUT)
+        self._by_stream = {"control": self.control, "telemetry": telemetry}
+        self._io.listen(self.control)
+        self.control.poll(_CONNECT_MS, zmq.POLLOUT)
 
     def _open(self, kind: int, hwm_messages: int) -> zmq.Socket[bytes]:
         socket = self._io.open(kind, hwm_messages)
@@ -423,7 +500,7 @@ class ZmqSpoke:
         stream = TOPICS[type(body)].stream
         sequence = self._sequence[stream] = self._sequence[stream] + 1
         envelope = Envelope(self.name, self.incarnation, sequence, t_s, body)
-        return self._io.send(self._by_stream[stream], envelope)
+        return self._io.send(self._by_stream[stream], encode(envelope))
 
     def poll(self, timeout_s: float) -> None:
         """Deliver what has arrived, waiting up to ``timeout_s`` for the first."""
@@ -431,7 +508,7 @@ class ZmqSpoke:
             return
         for _ in range(_DRAIN_MESSAGES):
             try:
-                frames = self._control.recv_multipart(zmq.NOBLOCK)
+                frames = self.control.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             if len(frames) == 1:
@@ -446,7 +523,7 @@ class ZmqSpoke:
         if envelope.source != COORDINATOR:
             self._io.bad_total += 1
         elif self._counter.take(envelope, "control"):
-            _hand_over(envelope, self._delay_s, self._now_s, self.stats, self._deliver)
+            _hand_over(envelope, self._delay_s, self._now_s(), self.stats, self._deliver)
 
     def watch(self, descriptor: int) -> None:
         """Have something readable on another file descriptor end the waiting of `poll`."""
@@ -460,12 +537,12 @@ class ZmqSpoke:
 def _hand_over(
     envelope: Envelope,
     delay_s: float,
-    now_s: Callable[[], float],
+    now_s: float,
     stats: StreamStats,
     deliver: Deliver,
 ) -> None:
     due_s = envelope.t_s + delay_s
-    if now_s() > due_s and not isinstance(envelope.body, _UNTIMED):
+    if now_s > due_s and not isinstance(envelope.body, _UNTIMED):
         stats.late_total += 1
     deliver(envelope, due_s)
 
