@@ -428,9 +428,10 @@ class Configurator:
             most = max(0, most - int(((columns.pool == pool) & (columns.state == STARTING)).sum()))
             reload[mine[most:]] = False
             choice[mine[most:]] = them.config[mine[most:]]
-        power_w = table.power_w(need_tps)[np.arange(len(choice)), choice] * table.tp[choice]
-        for place in np.flatnonzero(reload):
-            self._planned_w[int(them.node[place])] = float(power_w[place])
+        reloads = np.flatnonzero(reload)
+        power_w = table.power_w(need_tps) * table.tp if len(reloads) else table.gpu_w
+        for place in reloads:
+            self._planned_w[int(them.node[place])] = float(power_w[place, choice[place]])
             self._reload_s[int(them.index[place])] = view.now_s
             commands.append(self._layout(view, them, int(place), int(choice[place])))
         clock = table.clock_frac[choice]
