@@ -145,7 +145,7 @@ def measure(case: Case, folder: Path) -> Values:
         "trips": tally.trips,
         "dark_servers": tally.dark_servers,
         # What was asked and never served is late, too.
-        "late_frac": (tally.late + max(tally.asked - tally.served, 0.0)) / max(tally.asked, 1e-9),
+        "late_frac": round((tally.late + tally.asked - tally.served) / max(tally.asked, 1e-9), 9),
         "ttft_p99_s": _percentile(np.concatenate(tally.ttft_s), weight, 0.99),
         "itl_p99_s": _percentile(np.concatenate(tally.itl_s), weight, 0.99),
         "iaas_speed": tally.iaas_work / max(tally.iaas_wanted, 1e-9),
