@@ -380,16 +380,18 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def on_processes(jobs: Iterable[_J], workers: int, work: Callable[[_J], dict[str, Any]]) -> Results:
-    """On processes of this machine. A worker that dies takes down its pool.
-
-    What was under way then is begun again at the end, each alone in a pool, so that one run that
-    cannot live does not take others with it; that one ends as None.
+def on_processes(
+    jobs: Iterable[_J], workers: int, work: Callable[[_J], dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """On processes of this machine, as they end; None for one that died at every attempt.
 
     Args:
         jobs: what to do, each with its own number.
-        workers: runs at once; as many as there are cores for 0.
-        work: does one job in a worker; a function of a module.
+        workers: at once; as many as there are cores for 0.
+        work: does one, in a worker; a function of a module.
+
+    A worker that dies takes down its pool. What was under way then is begun again at the end, each
+    alone in a pool, so that one run that cannot live does not take others with it.
     """
     count = workers or len(os.sched_getaffinity(0))
     queue, alone = iter(jobs), list[_J]()

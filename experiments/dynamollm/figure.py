@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from testbed.analysis.figures import COLOURS, GREY, Figure
+from testbed.analysis.figures import COLOURS, GREY, RED, Figure
 from testbed.analysis.statistics import Estimate
 from testbed.experiment import Results
 
@@ -26,7 +26,9 @@ def figures(results: Results) -> list[Figure]:
 
 
 def _colour(arm: str) -> str:
-    return COLOURS[SYSTEMS.index(arm) % len(COLOURS)] if arm in SYSTEMS else GREY
+    if arm == "DynamoLLM":
+        return RED
+    return COLOURS[SYSTEMS.index(arm)] if arm in SYSTEMS else GREY
 
 
 def _bars(results: Results, scenario: str, arms: list[str], place: int) -> Figure:
@@ -95,7 +97,7 @@ def _power(results: Results, scenario: str, arms: list[str], place: int) -> Figu
             series = run.values.get("series")
             if series:
                 week = scenario.endswith("week")
-                scale = 24.0 / 3085.7 if week else 1 / 60.0  # 86,400 s / 28
+                scale = 168.0 / (4 * 3600.0) if week else 1 / 60.0  # a week in four hours
                 data.append(
                     {
                         "type": "scatter",

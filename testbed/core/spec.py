@@ -504,16 +504,16 @@ def _check(spec: RunSpec) -> None:
             if value >= count:
                 raise SpecError(f"run spec: fault.{field} = {value} must be below {count}")
     _check_plant(spec)
+    if spec.transport.relays != "none" and spec.mode == "hardware":
+        raise SpecError(
+            'run spec: transport.relays: start relays by hand (testbed relay) in mode "hardware"'
+        )
     if any(fault.kind == "gpu_lost" for fault in spec.fault) and spec.mode == "hardware":
         raise SpecError("run spec: fault: only emulated GPUs can be told to fail")
     if len(spec.ledger.price_usd_per_kwh) not in (1, 24):
         raise SpecError(
             f"run spec: ledger.price_usd_per_kwh has {len(spec.ledger.price_usd_per_kwh)} values, "
             "must have 1 or 24"
-        )
-    if spec.transport.relays != "none" and spec.mode == "hardware":
-        raise SpecError(
-            'run spec: transport.relays: start relays by hand (testbed relay) in mode "hardware"'
         )
     for field in ("segments", "checkpoint_s"):
         if getattr(spec.record, field) and spec.mode != "virtual":

@@ -300,7 +300,7 @@ class DynamoLLM:
     def _nodes_wanted(self, epoch_s: float, now_s: float) -> dict[str, int]:
         if self.instances:
             rps = self._forecast.usual_rps(epoch_s, epoch_s + self.cluster_period_s)
-            rps = np.maximum(rps, self._forecast.recent_rps(self.pool_period_s))
+            rps = np.maximum(rps, self._recent(self.pool_period_s))
         else:
             if self._epoch:
                 return {name: len(pool.nodes) for name, pool in self._pools.items()}
@@ -314,6 +314,12 @@ class DynamoLLM:
         while sum(nodes.values()) > count:
             nodes[max(nodes, key=lambda name: nodes[name])] -= 1
         return nodes
+
+    def _recent(self, span_s: float) -> Floats:
+        """Rates seen lately: where a template says what is usual, only what is surely above it."""
+        if self._template[0]:
+            return self._forecast.sure_rps(span_s)
+        return self._forecast.recent_rps(span_s)
 
     def _in_nodes(self, rps: Floats) -> Mix:
         """Rates of the classes as loads, those that are not zero."""
@@ -345,7 +351,7 @@ class DynamoLLM:
     def _manage_pools(self, now_s: float) -> None:
         rps = self._forecast.usual_rps(now_s, now_s + self.pool_period_s)
         for span_s in (self.pool_period_s, _SHORT_STEPS * self.period_s):
-            rps = np.maximum(rps, self._forecast.recent_rps(span_s))
+            rps = np.maximum(rps, self._recent(span_s))
         loads = self._in_nodes(rps * (1.0 + self.headroom_frac))
         nodes = {name: len(pool.nodes) for name, pool in self._pools.items()}
         mixes = spread(loads, nodes, self._capacity.most_of)
@@ -394,7 +400,8 @@ class DynamoLLM:
                 now = nodes
             for node in sorted(now):
                 self._said[node] = self._want[node]
-                commands.append(SetLayout(node, self._placements(*self._want[node]), self.start))
+                how = self.start if view.now_s > 0 else "snapshot"  # the run begins warm
+                commands.append(SetLayout(node, self._placements(*self._want[node]), how))
         return commands
 
     def _grows(self, node: int) -> bool:

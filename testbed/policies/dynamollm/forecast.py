@@ -56,6 +56,15 @@ class Forecast:
         recent = list(self._seen)[-steps:]
         return np.asarray(np.sum(recent, axis=0) / (steps * self._step_s))
 
+    def sure_rps(self, span_s: float) -> Floats:
+        """The recent rate less twice what chance may have added to it, as far as anything is known.
+
+        Peaks of counts over a short span are mostly chance: plans that follow them only grow.
+        """
+        recent = self.recent_rps(span_s)
+        seen_s = max(min(span_s, len(self._seen) * self._step_s), self._step_s)
+        return np.asarray(np.maximum(recent - 2.0 * np.sqrt(recent / seen_s), 0.0))
+
     def peak_rps(self) -> Floats:
         """The template's highest rate."""
         highest = float(self._template.max()) if len(self._template) else 0.0
