@@ -298,6 +298,8 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 @click.option("--place", default=0, show_default=True, help="Index of this node in the run.")
 @click.option("--inlet-c", default=24.0, show_default=True)
 @click.option("--temp-spread-c", default=2.0, show_default=True)
+@click.option("--gpu-order-c", default=0.0, show_default=True,
+              help="Last emulated GPU in the airflow over the first.")  # fmt: skip
 @click.option("--lose", multiple=True, metavar="GPU@SECONDS", help="Lose an emulated GPU then.")
 @click.option("--delay-s", default=0.005, show_default=True, help="Agreed delay of the wire.")
 @click.option("--tenants", default="", metavar="JSON", help="The run file's tenants table.")

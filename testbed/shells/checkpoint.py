@@ -71,6 +71,10 @@ def check(spec: RunSpec, *, lean: bool) -> None:
             "run spec: record.checkpoint_s: not with transport.jitter_s, transport.loss_frac, "
             "memory tenants or cluster.elastic"
         )
+    if spec.plant is not None:
+        raise SpecError(
+            "run spec: record.checkpoint_s: not with a [plant], which is not kept in it"
+        )
     if 8 * delay_s > period_s:
         raise SpecError(
             f"run spec: record.checkpoint_s: transport.delay_s = {delay_s} must be at most an "
