@@ -45,13 +45,13 @@ fidelity: $(VENV)/.ready
 	@mkdir -p runs
 	$(BIN)/testbed fidelity $(if $(DATA),--data $(DATA)) --html runs/fidelity.html
 
-## make experiment NAME=first_run [MODE=virtual]
+## make experiment NAME=first_run [MODE=virtual]    RUN_ARGS=--quick for a short one
 experiment: $(VENV)/.ready
-	$(BIN)/testbed run experiments/$(NAME)/run.toml $(if $(MODE),--mode $(MODE)) $(RUN_ARGS)
+	$(BIN)/testbed experiment $(NAME) $(if $(MODE),--mode $(MODE)) $(RUN_ARGS)
 
 ## make experiments         all of them, in virtual time where that is possible
 experiments: $(VENV)/.ready
-	for spec in experiments/*/run.toml; do $(BIN)/testbed run $$spec --mode virtual $(RUN_ARGS) || exit 1; done
+	for spec in experiments/*/run.toml; do $(BIN)/testbed experiment $$(dirname $$spec) --mode virtual $(RUN_ARGS) || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs

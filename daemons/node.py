@@ -28,6 +28,7 @@ from testbed.core.messages import (
     Returned,
     Stop,
     Submit,
+    Surroundings,
     TenantLimits,
     TenantReadings,
     Tune,
@@ -72,6 +73,7 @@ class NodeDaemon:
         send: queues a message to the coordinator.
         boot_id: tells whether two processes share a monotonic clock.
         tenants: host-memory tenants, if any.
+        surround: told what an emulated building does to emulated devices.
         log: told in a line what happens.
     """
 
@@ -85,6 +87,7 @@ class NodeDaemon:
         *,
         boot_id: str = "",
         tenants: TenantDevice | None = None,
+        surround: Callable[[Surroundings], None] = lambda around: None,
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.name = name
@@ -102,6 +105,7 @@ class NodeDaemon:
         self._send = send
         self._boot_id = boot_id
         self._tenants = tenants
+        self._surround = surround
         self._log = log
         self._gaps_s = 0.0
         self._safe_reported = False
@@ -123,6 +127,8 @@ class NodeDaemon:
             if self.config is not None:
                 self._serving.submit(body.instance, body.request, now_s, body.ttft_s)
                 self._report_progress(now_s)
+        elif isinstance(body, Surroundings):
+            self._surround(body)
         elif isinstance(body, Arrange | Tune):
             if self.config is not None:
                 self._change(body, now_s)

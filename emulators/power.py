@@ -58,6 +58,27 @@ def power_w(
     return power
 
 
+def slowdown(
+    profile: GpuProfile,
+    at_frac: Floats | float,
+    busy_frac: Floats | float,
+    tensor_frac: Floats | float,
+    clock_frac: Floats | float,
+) -> Floats:
+    """How many times longer work seen at ``clock_frac`` takes at the clock ``at_frac``.
+
+    The busy time is split into a part bound by the tensor cores, whose rate goes with the clock,
+    and the rest, whose rate goes with the memory bandwidth that the clock can sustain.
+    """
+    attainable = np.maximum(busy_frac * profile.gemm_efficiency * np.asarray(clock_frac), 1e-9)
+    bound = np.minimum(tensor_frac / attainable, 1.0)
+    knee = profile.bandwidth_knee_frac
+    memory_now = np.minimum(np.asarray(clock_frac) / knee, 1.0)
+    memory_then = np.minimum(np.asarray(at_frac) / knee, 1.0)
+    times: Floats = bound * clock_frac / at_frac + (1.0 - bound) * memory_now / memory_then
+    return times
+
+
 def demand_w(
     profile: GpuProfile,
     at_frac: Floats,
@@ -68,17 +89,11 @@ def demand_w(
 ) -> Floats:
     """What work seen at ``clock_frac`` would draw at the clock ``at_frac`` instead.
 
-    The busy time is split into a part bound by the tensor cores, whose rate goes with the clock,
-    and the rest, whose rate goes with the memory bandwidth that the clock can sustain. The GPU is
-    taken to stay as busy as it was: a queue that empties faster is seen at the next tick.
+    The GPU is taken to stay as busy as it was: a queue that empties faster is seen at the next
+    tick.
     """
-    attainable = np.maximum(busy_frac * profile.gemm_efficiency * clock_frac, 1e-9)
-    bound = np.minimum(tensor_frac / attainable, 1.0)
-    knee = profile.bandwidth_knee_frac
-    memory_now = np.minimum(clock_frac / knee, 1.0)
-    memory_then = np.minimum(at_frac / knee, 1.0)
-    slowdown = bound * clock_frac / at_frac + (1.0 - bound) * memory_now / memory_then
-    return power_w(profile, at_frac, busy_frac, tensor_frac / slowdown, hbm_frac / slowdown)
+    times = slowdown(profile, at_frac, busy_frac, tensor_frac, clock_frac)
+    return power_w(profile, at_frac, busy_frac, tensor_frac / times, hbm_frac / times)
 
 
 def clock_for_limit(

@@ -24,6 +24,7 @@ from emulators.engine import Engine, Event
 from emulators.farm import Farm, readings_at, work_at
 from emulators.gpu import GpuBank
 from emulators.models import ModelCard, load_model, precision_of
+from emulators.opaque import opaque_activity
 from emulators.profiles import GpuProfile
 from emulators.state import GpuState
 from emulators.timing import IterationCost, Precision
@@ -38,6 +39,7 @@ from testbed.core.messages import (
     ReturnedWhy,
     SlotReadings,
     StartHow,
+    Surroundings,
     TuneKind,
 )
 from testbed.core.view import Floats
@@ -524,6 +526,7 @@ class ServerBank:
         self._unread: set[int] = set()
         """Engines that were asked in a tick since `read_instances`."""
         self._readings: dict[str, Any] = {}
+        self._opaque_frac = np.zeros(bank.count)
         self._t_s = 0.0
         self._faults = sorted(faults)
         self._lost: set[int] = set()
@@ -581,6 +584,17 @@ class ServerBank:
             "preemptions_total": np.zeros(count, np.int64),
         }
 
+    def surround(self, node: int, around: Surroundings) -> None:
+        """What the building does to a node from now on."""
+        per_node = self.bank.count // len(self.serving)
+        gpus = range(node * per_node, (node + 1) * per_node)
+        self.bank.inlet_c[gpus.start : gpus.stop] = around.inlet_c
+        self._opaque_frac[gpus.start : gpus.stop] = around.load_frac
+        if around.dark:
+            for gpu in gpus:
+                if not self.bank.state.measured["lost"][gpu]:
+                    self.bank.lose(gpu)
+
     def _break(self, t_s: float) -> None:
         """Lose GPUs whose time has come, and end what ran on lost ones, whoever lost them."""
         while self._faults and self._faults[0][0] <= t_s:
@@ -604,12 +618,15 @@ class ServerBank:
         busy_s, flops, hbm_bytes = (done - self._totals)[:, roster.engine_of] + self._left
         self._totals = done
         self._left[:] = 0.0
-        bank.advance(
-            dt_s,
+        activity: list[Floats] = [
             np.minimum(busy_s / dt_s, 1.0),
             flops / (dt_s * profile.peak_flops),
             hbm_bytes / (dt_s * profile.hbm_bytes_per_s),
-        )
+        ]
+        if self._opaque_frac.any():  # on GPUs of their own: opaque VMs share none with engines
+            *opaque, _ = opaque_activity(profile, self._opaque_frac, bank.clock_frac)
+            activity = [own + added for own, added in zip(activity, opaque, strict=True)]
+        bank.advance(dt_s, *activity)
         # An engine runs at the clock of its slowest GPU.
         clock_frac = np.ones(len(roster.engines) + 1)
         np.minimum.at(clock_frac, roster.engine_of, bank.clock_frac)

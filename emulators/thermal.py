@@ -89,6 +89,15 @@ class Thermal:
         settled: Floats = inlet_c + self._offset_c + resistance * self._effective_w(power_w)
         return settled
 
+    def limit_w(self, inlet_c: Floats, temp_c: float) -> Floats:
+        """What each GPU may draw for ever and stay at ``temp_c``: `settled_c` turned around."""
+        profile = self._profile
+        resistance = profile.thermal_fast_c_per_w + profile.thermal_slow_c_per_w
+        effective_w = np.maximum(temp_c - inlet_c - self._offset_c, 0.0) / resistance
+        reference_w = profile.power_limit_max_w
+        limit: Floats = reference_w * (effective_w / reference_w) ** (1 / profile.thermal_exponent)
+        return limit
+
     @property
     def mem_temp_c(self) -> Floats:
         """Memory temperature: follows the sink, not the die's spikes."""

@@ -38,8 +38,10 @@ from testbed.core.errors import DeviceError, SpecError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
 from testbed.core.transport.zmq import generate_keys
 from testbed.doctor import examine
+from testbed.experiment import Options, find_experiment, row_lines, run_experiment
 from testbed.policies.load import load_controller, shipped_policies
 from testbed.recorder.replay import replay as replay_policies
+from testbed.sweep import Progress as SweepProgress
 from testbed.sweep import run_sweep
 
 _ERR = Console(stderr=True)
@@ -296,6 +298,8 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 @click.option("--place", default=0, show_default=True, help="Index of this node in the run.")
 @click.option("--inlet-c", default=24.0, show_default=True)
 @click.option("--temp-spread-c", default=2.0, show_default=True)
+@click.option("--gpu-order-c", default=0.0, show_default=True,
+              help="Last emulated GPU in the airflow over the first.")  # fmt: skip
 @click.option("--lose", multiple=True, metavar="GPU@SECONDS", help="Lose an emulated GPU then.")
 @click.option("--delay-s", default=0.005, show_default=True, help="Agreed delay of the wire.")
 @click.option("--tenants", default="", metavar="JSON", help="The run file's tenants table.")
@@ -585,6 +589,23 @@ def _say(text: str) -> None:
 # Many runs.
 
 
+def _counted(*, quiet: bool) -> SweepProgress:
+    """Says how many runs are done, and about how long the rest takes."""
+    begun = time.monotonic()
+    first: list[int] = []
+
+    def progress(done: int, count: int) -> None:
+        first.append(done)
+        spent_s = time.monotonic() - begun
+        fresh = done - first[0]
+        left = f", about {spent_s / fresh * (count - done):.0f} s left" if fresh else ""
+        end = "\r" if sys.stderr.isatty() and done < count else "\n"
+        if not quiet:
+            click.echo(f"{done} of {count} runs{left}   {end}", nl=False, err=True)
+
+    return progress
+
+
 @main.command()
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
@@ -607,26 +628,62 @@ def sweep(
 ) -> None:
     """Do every run of SWEEP.toml and write their summaries as one table."""
     _compile_first()
-    begun = time.monotonic()
-    first: list[int] = []
-
-    def progress(done: int, count: int) -> None:
-        first.append(done)
-        spent_s = time.monotonic() - begun
-        fresh = done - first[0]
-        left = f", about {spent_s / fresh * (count - done):.0f} s left" if fresh else ""
-        end = "\r" if sys.stderr.isatty() and done < count else "\n"
-        if not as_json or sys.stderr.isatty():
-            click.echo(f"{done} of {count} runs{left}   {end}", nl=False, err=True)
-
     folder = run_sweep(
         spec, out, engine=engine, address=address, workers=workers, resume=resume,
-        progress=progress,
+        progress=_counted(quiet=as_json and not sys.stderr.isatty()),
     )  # fmt: skip
     if as_json:
         _print_json({"folder": str(folder), "table": str(folder / "table.parquet")})
     else:
         click.echo(folder / "table.csv")
+
+
+@main.command("experiment")
+@click.argument("name")
+@click.option("--mode", type=click.Choice(["virtual", "emulated", "hardware"]),
+              help="Virtual by default; of a single run, what its run file says.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Under a minute: few seeds, the main comparison.")
+@click.option("--seeds", type=click.IntRange(min=1), help="How many; the experiment's own number.")
+@click.option("--workers", type=click.IntRange(min=0), default=0,
+              help="Runs at once; as many as there are cores by default.")  # fmt: skip
+@click.option("--keep", is_flag=True, help="Keep the recording of every run.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+@_JSON
+@click.pass_context
+def experiment_command(
+    ctx: click.Context,
+    name: str,
+    mode: Literal["virtual", "emulated", "hardware"] | None,
+    quick: bool,
+    seeds: int | None,
+    workers: int,
+    keep: bool,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Make every run of an experiment, and print its rows beside the paper's numbers."""
+    _compile_first()
+    found = find_experiment(name)
+    if found.module is None:
+        ctx.invoke(run, spec=found.spec, mode=mode, out=out, as_json=as_json)
+        return
+    folder, result = run_experiment(
+        found,
+        Options(mode or "virtual", quick, seeds or 0),
+        out,
+        workers=workers,
+        keep=keep,
+        progress=_counted(quiet=as_json and not sys.stderr.isatty()),
+    )
+    if as_json:
+        _print_json(result)
+        return
+    head, *lines = row_lines(result["rows"])
+    table = Table(*head, title=f"{found.name} ({result['mode']}, {len(result['seeds'])} seeds)")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    _OUT.print(table)
+    click.echo(folder / "report.html")
 
 
 # Speed.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from emulators.models import load_model
 from emulators.profiles import GpuProfile, load_gpu
@@ -28,7 +28,10 @@ from testbed.core.errors import RecordingError, SpecError
 from testbed.core.messages import GpuInfo, InstanceConfig
 from testbed.core.spec import RunSpec
 from testbed.core.transport.zmq import Curve
+from testbed.core.view import Controller, Router
 from testbed.policies.load import load_controller, load_router
+from testbed.policies.serving_profile import Learner
+from testbed.profiling import profile_of
 from testbed.recorder.reader import Recording
 from testbed.recorder.writer import CHECKPOINT, Recorder, new_run_folder, write_summary
 from testbed.shells.live import run_live
@@ -45,6 +48,7 @@ __all__ = [
     "RelayOptions",
     "Status",
     "curve_of",
+    "load_policies",
     "node",
     "parse_fault",
     "parse_gpus",
@@ -124,10 +128,11 @@ def _parts(spec: RunSpec, progress: Progress) -> Parts:
     """What a run file names, found and checked; its recorder comes when the run begins."""
     profile = load_gpu(spec.cluster.gpu)
     _check(spec, profile)
+    controllers, router = load_policies(spec)
     return Parts(
         spec=spec,
-        controllers=[load_controller(policy) for policy in spec.policy],
-        router=load_router(spec.router),
+        controllers=controllers,
+        router=router,
         requests=open_workload(spec.workload, spec.slo_class, spec.seed, spec.duration_s),
         profile=profile,
         progress=progress,
@@ -147,6 +152,29 @@ def _recorded(parts: Parts, folder: Path, play: Callable[[], None]) -> Path:
         # A run that failed has a summary of as far as it came, marked invalid.
         write_summary(folder, summarise(folder))
     return folder
+
+
+def load_policies(spec: RunSpec) -> tuple[list[Controller], Router]:
+    """The run's policies, each taught what it plans with.
+
+    A router named as one of the controllers, without parameters of its own, is that controller: a
+    policy that both routes and steps.
+    """
+    controllers = [load_controller(policy) for policy in spec.policy]
+    router = next(
+        (
+            cast(Router, controller)
+            for policy, controller in zip(spec.policy, controllers, strict=True)
+            if policy.use == spec.router.use
+            and not spec.router.params
+            and callable(getattr(controller, "route", None))
+        ),
+        None,
+    ) or load_router(spec.router)
+    learners = {id(p): cast(Learner, p) for p in (*controllers, router) if hasattr(p, "learn")}
+    for learner in learners.values():
+        learner.learn(profile_of(spec, learner.sweep))
+    return controllers, router
 
 
 def _check(spec: RunSpec, profile: GpuProfile) -> None:

@@ -42,7 +42,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -110,6 +110,14 @@ class Job(NamedTuple):
     """Where recordings go that are thrown away, if that folder is there."""
     keep: str
     """Where the recording goes; empty to throw it away."""
+
+
+class _Numbered(Protocol):
+    @property
+    def number(self) -> int: ...
+
+
+_J = TypeVar("_J", bound=_Numbered)
 
 
 def load_sweep(path: Path) -> SweepSpec:
@@ -284,7 +292,9 @@ def run_sweep(
     ]
     done = len(changes) - len(jobs)
     progress(done, len(changes))
-    runs = _on_ray(jobs, address, workers) if engine == "ray" else _on_processes(jobs, workers)
+    runs = (
+        _on_ray(jobs, address, workers) if engine == "ray" else on_processes(jobs, workers, run_job)
+    )
     died: list[int] = []
     for number, result in runs:
         if result is None:
@@ -370,33 +380,40 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _on_processes(jobs: Iterable[Job], workers: int) -> Results:
-    """On processes of this machine. A worker that dies takes down its pool.
+def on_processes(
+    jobs: Iterable[_J], workers: int, work: Callable[[_J], dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """On processes of this machine, as they end; None for one that died at every attempt.
 
-    What was under way then is begun again at the end, each alone in a pool, so that one run that
-    cannot live does not take others with it.
+    Args:
+        jobs: what to do, each with its own number.
+        workers: at once; as many as there are cores for 0.
+        work: does one, in a worker; a function of a module.
+
+    A worker that dies takes down its pool. What was under way then is begun again at the end, each
+    alone in a pool, so that one run that cannot live does not take others with it.
     """
     count = workers or len(os.sched_getaffinity(0))
-    queue, alone = iter(jobs), list[Job]()
-    while under_way := (yield from _in_pool(queue, count)):
+    queue, alone = iter(jobs), list[_J]()
+    while under_way := (yield from _in_pool(queue, count, work)):
         alone += under_way
     for job in alone:
         for _ in range(_ATTEMPTS - 1):
-            if not (yield from _in_pool(iter([job]), 1)):
+            if not (yield from _in_pool(iter([job]), 1, work)):
                 break
         else:
             yield job.number, None
 
 
 def _in_pool(
-    queue: Iterator[Job], count: int
-) -> Generator[tuple[int, dict[str, Any] | None], None, list[Job]]:
+    queue: Iterator[_J], count: int, work: Callable[[_J], dict[str, Any]]
+) -> Generator[tuple[int, dict[str, Any] | None], None, list[_J]]:
     """Runs from the queue in a pool of processes until it breaks; what was under way then.
 
     No more is taken from the queue than is run at once.
     """
     context = multiprocessing.get_context("spawn")
-    under_way: dict[int, Job] = {}
+    under_way: dict[int, _J] = {}
     futures: dict[Future[dict[str, Any]], int] = {}
     with (
         ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as pool,
@@ -405,7 +422,7 @@ def _in_pool(
         while True:
             for job in itertools.islice(queue, count - len(futures)):
                 under_way[job.number] = job
-                futures[pool.submit(run_job, job)] = job.number
+                futures[pool.submit(work, job)] = job.number
             if not futures:
                 break
             for future in wait(futures, return_when=FIRST_COMPLETED).done:

@@ -672,6 +672,7 @@ VALUE_WORDS: dict[str, Callable[[float], str]] = {
     "queue_order": lambda value: "by deadline" if value else "by arrival",
     "recall": lambda value: "recall",
     "squash": lambda value: f"squash after {value:g} x TTFT",
+    "place_vm": lambda value: f"on node {value:.0f}",
     "layout_snapshot": placement_words,
     "layout_cold": lambda value: f"{placement_words(value)}, cold",
 }

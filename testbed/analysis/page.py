@@ -19,8 +19,9 @@ from testbed.analysis.figures import Figure
 class Page:
     """A page being put together, section by section."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, made_by: str = "testbed report") -> None:
         self.title = title
+        self._made_by = made_by
         self._head = ""
         self._sections: list[tuple[str, str, str]] = []
         self._figures: list[Figure] = []
@@ -68,7 +69,7 @@ class Page:
         body = (
             f"<header><div>{self._head}</div></header>"
             f'<nav><div>{links}<button id="theme">Dark</button></div></nav><main>{parts}</main>'
-            "<footer>Drawn from the recording alone by <code>testbed report</code>. "
+            f"<footer>Drawn from recordings alone by <code>{escape(self._made_by)}</code>. "
             "Drag to zoom all time axes together, double-click to go back.</footer>"
         )
         figures = [

@@ -19,6 +19,7 @@ from testbed.analysis.latency import (
     percentiles,
     read_requests,
 )
+from testbed.analysis.ledger import ledger
 from testbed.analysis.series import edges, grid
 from testbed.recorder.reader import Recording, Source
 from testbed.recorder.writer import write_summary
@@ -66,6 +67,7 @@ def summarise(source: Source) -> dict[str, Any]:
         "throttle_by_reason_s": by_reason,
         "memory": _memory(recording, duration_s),
         **_layout(recording, duration_s),
+        "ledger": ledger(recording),
         "commands": _commands(recording, duration_s),
         "lateness_s": _lateness(recording),
         "valid": not because,

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from emulators.datacenter import gpu_budget_w
 from emulators.models import load_model, precision_of, quality_frac
+from emulators.profiles import load_gpu
 from testbed.core.errors import SpecError
 from testbed.core.messages import (
     GpuInfo,
@@ -34,10 +36,7 @@ from testbed.core.view import (
     OFF,
     PRECISIONS,
     UP,
-    GpuColumns,
-    InstanceColumns,
     RowColumns,
-    TenantColumns,
     View,
     empty_gpus,
     empty_instances,
@@ -45,10 +44,13 @@ from testbed.core.view import (
     slots_to_gpus,
 )
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 SAFE_SHARE = 0.95
 """Share of a budget that limits may add up to: boards overshoot theirs by a few percent."""
 
-_Columns = TypeVar("_Columns", GpuColumns, InstanceColumns, TenantColumns, RowColumns)
+_Columns = TypeVar("_Columns", bound="DataclassInstance")
 
 
 @dataclass(slots=True)
@@ -190,16 +192,16 @@ class Layout:
         self.tenants.memory_bytes[:] = sold_bytes
         self.tenants.guaranteed_bytes[:] = sold_bytes * spec.tenants.guaranteed_frac // 1
         row_names = tuple(dict.fromkeys(row_of(node.name) for node in self.nodes))
-        budget_w = cluster.row_budget_w or np.inf
+        budget_w = self._row_budget_w() or np.inf
         self.rows = RowColumns(row_names, np.full(len(row_names), budget_w))
         self.gpus_per_row = cluster.nodes_per_row * cluster.gpus_per_node
         cards = [load_model(model) for model in spec.model_names()]
         self.view = View(
             now_s=0.0,
-            rows=_read_only(self.rows),
-            gpus=_read_only(self.gpus),
-            instances=_read_only(self.instances),
-            tenants=_read_only(self.tenants),
+            rows=read_only(self.rows),
+            gpus=read_only(self.gpus),
+            instances=read_only(self.instances),
+            tenants=read_only(self.tenants),
             pools=tuple(pools),
             pool_priority=self._pool_priority,
             pool_of_class={c.name: self._pools[c.pool] for c in spec.slo_class},
@@ -240,6 +242,12 @@ class Layout:
         mine = self.gpus.instance[node.gpus] == instance
         return bool(self.gpus.lost[node.gpus][mine].any())
 
+    def _row_budget_w(self) -> float:
+        """What the GPUs of a row may always draw: given, or left by the plant's breakers."""
+        if self.spec.plant is None:
+            return self.spec.cluster.row_budget_w
+        return max(1.0, gpu_budget_w(self.spec, load_gpu(self.spec.cluster.gpu)))
+
     def safe_limit_w(self, infos: list[GpuInfo]) -> list[float]:
         """The cap that each GPU of a node falls back to when it is cut off.
 
@@ -249,14 +257,15 @@ class Layout:
         Raises:
             SpecError: a share is below what the GPU can be set to.
         """
-        budget_w = self.spec.cluster.row_budget_w
+        budget_w = self._row_budget_w()
         if not budget_w:
             return [info.power_limit_default_w for info in infos]
         share_w = float(SAFE_SHARE * budget_w // self.gpus_per_row)
+        field = "cluster.row_budget_w" if self.spec.plant is None else "plant: GPUs' part of a row"
         for info in infos:
             if share_w < info.power_limit_min_w:
                 raise SpecError(
-                    f"run spec: cluster.row_budget_w = {budget_w:g} W leaves {share_w:g} W for "
+                    f"run spec: {field} = {budget_w:g} W leaves {share_w:g} W for "
                     f"each of {self.gpus_per_row} GPUs; {info.model} cannot be set below "
                     f"{info.power_limit_min_w:g} W, so the budget must be at least "
                     f"{math.ceil(info.power_limit_min_w * self.gpus_per_row / SAFE_SHARE)} W"
@@ -285,7 +294,7 @@ class Layout:
         )
 
 
-def _read_only(columns: _Columns) -> _Columns:
+def read_only(columns: _Columns) -> _Columns:
     """The same memory, which a policy cannot write to by mistake."""
     shared = {}
     for column in fields(columns):

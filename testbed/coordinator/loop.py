@@ -25,6 +25,7 @@ import numpy as np
 
 from testbed.coordinator.arbiter import Claims
 from testbed.coordinator.arranging import Arranging
+from testbed.coordinator.building import Building
 from testbed.coordinator.cluster import Layout, Node
 from testbed.core.columns import Columns
 from testbed.core.errors import PolicyError, SpecError, TestbedError
@@ -74,6 +75,7 @@ from testbed.core.view import (
     Ints,
     LockClocks,
     OrderQueue,
+    PlaceVm,
     RecallWaiting,
     Router,
     SetBatch,
@@ -210,6 +212,7 @@ class Coordinator:
         self._beat_s = -math.inf
         self._relays: dict[str, RelayStatus] = {}
         self.stopping = False
+        self._building = Building(spec, self.layout) if spec.plant is not None else None
         records.cluster(self.view)
 
     # What nodes say.
@@ -792,12 +795,27 @@ class Coordinator:
             )
         elif isinstance(command, DrainInstance):
             self._checked(policy, command.instances, 0.0, self.layout.instances.name)
+        elif isinstance(command, PlaceVm):
+            self._hear_place(policy, command)
         elif isinstance(command, SetLayout):
+            if self._building is not None:
+                use = self.spec.policy[policy].use
+                self._building.check_layout(use, command.node, command.layout)
             self._arranging.claim(policy, command)
         elif isinstance(command, SetBatch | OrderQueue | RecallWaiting | Squash):
             self._hear_quick(policy, command)
         else:
             raise PolicyError(f"policy {self.spec.policy[policy].use!r}: {command!r} is no command")
+
+    def _hear_place(self, policy: int, command: PlaceVm) -> None:
+        """Check where a policy would have VMs run."""
+        use = self.spec.policy[policy].use
+        if self._building is None:
+            raise PolicyError(f"policy {use!r}: PlaceVm: there are no VMs without a [plant]")
+        vms, nodes = self._building.facility.vms.name, self._building.facility.servers.name
+        places = np.atleast_1d(np.asarray(command.nodes, np.int64))
+        self._checked(policy, command.vms, places.astype(float), vms)
+        self._checked(policy, places, 0.0, nodes)
 
     def _hear_quick(
         self, policy: int, command: SetBatch | OrderQueue | RecallWaiting | Squash
@@ -865,6 +883,10 @@ class Coordinator:
                 self._record_command(now_s, policy, ordinal, command, moved, winner)
             elif isinstance(command, SetMemoryLimit):
                 moved = self._limit_memory(policy, command, now_s)
+                self._record_command(now_s, policy, ordinal, command, moved)
+            elif isinstance(command, PlaceVm):
+                assert self._building is not None
+                moved = self._building.place(command.vms, command.nodes)
                 self._record_command(now_s, policy, ordinal, command, moved)
             elif isinstance(command, DrainInstance):
                 moved = self._drain(policy, command, now_s)
@@ -1070,10 +1092,22 @@ class Coordinator:
                 self._hub.send(node.name, Heartbeat(), now_s)
 
     def account(self, now_s: float) -> None:
-        """Write down the draw of each row, and now and then what became of requests."""
+        """Move the building on, write down the draw of each row, and at times sum up requests."""
+        if self._building is not None:
+            self._move_building(self._building, now_s)
         self._record_rows(now_s)
         if self._sums and now_s - self._totals_s >= TOTALS_PERIOD_S - 1e-9:
             self._record_totals(now_s)
+
+    def _move_building(self, building: Building, now_s: float) -> None:
+        """Let the building answer what nodes draw, and tell them what it does to them."""
+        told, happened = building.advance(now_s)
+        for happening in happened:
+            self._event(now_s, *happening)
+        for index, around in told:
+            node = self.layout.nodes[index]
+            if node.live:
+                self._hub.send(node.name, around, now_s)
 
     def _record_rows(self, now_s: float) -> None:
         gpus, rows = self.layout.gpus, self.layout.rows

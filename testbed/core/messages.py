@@ -540,6 +540,20 @@ class Tune(Frozen, frozen=True, tag=True):
     value_count: list[float]
 
 
+class Surroundings(Frozen, frozen=True, tag=True):
+    """What an emulated building does to an emulated node, until the next word.
+
+    Real devices have real surroundings, and leave it alone.
+    """
+
+    inlet_c: float
+    """Air at the inlet."""
+    dark: bool
+    """The node is without power: its GPUs are gone."""
+    load_frac: list[float]
+    """What opaque VMs ask of each GPU, over what it can do at full clock; 0 without a VM."""
+
+
 class Ack(Frozen, frozen=True, tag=True):
     """What the node did with a lease: refused (and why), or the limits as read back."""
 
@@ -570,6 +584,7 @@ Body = (
     | TenantLimits
     | Arrange
     | Tune
+    | Surroundings
     | Ack
 )
 

@@ -80,6 +80,12 @@ class ClassSpec(_Table, frozen=True):
     """Weight of the class when the workload assigns classes; see also ``images``."""
     images: Literal["any", "only", "never"] = "any"
     """Which requests may fall into it: those with images, those without, or both."""
+    prompt_min_tokens: Annotated[int, Meta(ge=0)] = 0
+    prompt_max_tokens: Annotated[int, Meta(ge=0)] = 1 << 31
+    """Bounds on the text prompt of its requests, both included."""
+    output_min_tokens: Annotated[int, Meta(ge=0)] = 0
+    output_max_tokens: Annotated[int, Meta(ge=0)] = 1 << 31
+    """Bounds on their output, both included."""
     ttft_s: Positive = 2.0
     tpot_s: Positive = 0.1
 
@@ -96,6 +102,8 @@ class WorkloadSpec(_Table, frozen=True):
     """Where in the trace to begin."""
     rate_rps: NotNegative = 0.0
     """Mean arrival rate; for a trace, the rate it is thinned or repeated to (0 keeps its own)."""
+    time_scale: Positive = 1.0
+    """Seconds of a day or week that are played in one second, at their rates."""
     burst_cv: Positive = 3.0
     image_frac: Frac = 0.0
     """Share of requests given images, with sizes from the measured LMM distributions."""
@@ -133,15 +141,67 @@ class TenantsSpec(_Table, frozen=True):
     """
 
 
+class PlantSpec(_Table, frozen=True):
+    """The building around the servers: breakers, UPS, cooling and weather (`emulators.datacenter`).
+
+    Limits are sized for ``1 / (1 + oversubscription_frac)`` of the servers at their highest draw
+    and airflow. Where no source is given in `emulators.datacenter`, a default is assumed.
+    """
+
+    site: str = "san_jose_ca"
+    start_hour: Annotated[float, Meta(ge=0, lt=8760)] = 4884.0
+    """Hour of the year at the run's zero; the default is noon of a day in July."""
+    speedup: Positive = 1.0
+    """By how much weather and load of opaque VMs are compressed; breakers and heat are not."""
+    oversubscription_frac: Annotated[float, Meta(ge=0, le=4)] = 0.0
+    rows_per_aisle: Count = 2
+    """Rows that share their air, and so the air handlers of their aisle."""
+    ahus_per_aisle: Count = 10
+    num_ups: Annotated[int, Meta(ge=2, le=16)] = 4
+    """Each rack hangs from two of them; together they carry what the rows may draw."""
+    row_limit_w: NotNegative = 0.0
+    """Rating of a row's breaker, whole servers counted; 0 sizes it as above."""
+    host_idle_w: NotNegative = 1720.0
+    host_load_w: NotNegative = 300.0
+    fan_max_w: NotNegative = 1200.0
+    airflow_max_m3_s: Positive = 0.5215
+    inlet_spread_c: NotNegative = 1.0
+    """Standard deviation of servers' inlet offsets, stable in time."""
+    gpu_order_c: NotNegative = 10.0
+    """How much warmer the last GPU in a server's airflow runs than the first."""
+    inlet_lag_s: NotNegative = 120.0
+    """Time constant of the air in an aisle."""
+    period_s: Annotated[float, Meta(ge=0.1, le=600)] = 1.0
+
+
+class VmSpec(_Table, frozen=True):
+    """Opaque GPU VMs (IaaS): a policy may place them, and may not touch them afterwards.
+
+    They take whole GPUs of those that no pool uses, as many as a node has left.
+    """
+
+    count: Annotated[int, Meta(ge=0)] = 0
+    """VMs there from the start; arrivals replace those that leave."""
+    gpus: Count = 8
+    intensity: Annotated[float, Meta(gt=0, le=1)] = 0.85
+    """Peak load of a mean customer; customers differ by up to 0.15 either way."""
+    short_lived_frac: Frac = 0.4
+    """Share of VMs whose lifetime is drawn from the measured fleet's; others stay."""
+
+
 class FaultSpec(_Table, frozen=True):
-    """Something that breaks in mid-run, on emulated nodes."""
+    """Something that breaks in mid-run, on emulated nodes or in the emulated plant."""
 
     at_s: NotNegative
     node: Annotated[int, Meta(ge=0)] = 0
     """Which node, counted through the run."""
     gpu: Annotated[int, Meta(ge=0)] = 0
-    kind: Literal["gpu_lost"] = "gpu_lost"
-    """``gpu_lost``: the GPU falls off the bus, and every NVML call on it returns error 15."""
+    kind: Literal["gpu_lost", "ups_lost", "ahu_lost"] = "gpu_lost"
+    """``gpu_lost``: the GPU falls off the bus, and every NVML call on it returns error 15.
+    ``ups_lost``: UPS ``unit`` fails; ``ahu_lost``: one air handler of aisle ``unit``."""
+    unit: Annotated[int, Meta(ge=0)] = 0
+    duration_s: NotNegative = 0.0
+    """How long a UPS or an air handler is out; 0 for the rest of the run."""
 
 
 class ReconfigureSpec(_Table, frozen=True):
@@ -156,6 +216,23 @@ class ReconfigureSpec(_Table, frozen=True):
     for machines switched off or given back; the profile's idle power is of a GPU with a model
     loaded."""
     delays: Delays = Delays()
+
+
+class LedgerSpec(_Table, frozen=True):
+    """What energy and GPU time are charged at; see `testbed.analysis.ledger`."""
+
+    grid: str = ""
+    """Grid whose hourly carbon intensity we ship (BPAT, CISO, ERCO, PJM); empty counts no carbon.
+    """
+    begins_h: NotNegative = 0.0
+    """Hour of that series, and of the day, at the run's zero."""
+    price_usd_per_kwh: list[NotNegative] = msgspec.field(default_factory=lambda: [0.08])
+    """One for all hours, or 24, one for each hour of the day (UTC). Assumed."""
+    gpu_usd_per_h: NotNegative = 12.29
+    """List price of a virtual machine with eight H100s in 2024, an eighth of it (assumed)."""
+    host_w: NotNegative = 0.0
+    """What a node in use draws beside its GPUs; 0 counts GPUs alone."""
+    pue: Annotated[float, Meta(ge=1, le=4)] = 1.0
 
 
 class TransportSpec(_Table, frozen=True):
@@ -228,8 +305,11 @@ class RunSpec(_Table, frozen=True):
     policy: list[PolicySpec] = []
     router: PolicySpec = PolicySpec(use="least_loaded")
     tenants: TenantsSpec = TenantsSpec()
+    plant: PlantSpec | None = None
+    vms: VmSpec = VmSpec()
     fault: list[FaultSpec] = []
     reconfigure: ReconfigureSpec = ReconfigureSpec()
+    ledger: LedgerSpec = LedgerSpec()
     transport: TransportSpec = TransportSpec()
     control: ControlSpec = ControlSpec()
     record: RecordSpec = RecordSpec()
@@ -424,12 +504,18 @@ def _check(spec: RunSpec) -> None:
         ):
             if value >= count:
                 raise SpecError(f"run spec: fault.{field} = {value} must be below {count}")
+    _check_plant(spec)
     if spec.transport.relays != "none" and spec.mode == "hardware":
         raise SpecError(
             'run spec: transport.relays: start relays by hand (testbed relay) in mode "hardware"'
         )
-    if spec.fault and spec.mode == "hardware":
+    if any(fault.kind == "gpu_lost" for fault in spec.fault) and spec.mode == "hardware":
         raise SpecError("run spec: fault: only emulated GPUs can be told to fail")
+    if len(spec.ledger.price_usd_per_kwh) not in (1, 24):
+        raise SpecError(
+            f"run spec: ledger.price_usd_per_kwh has {len(spec.ledger.price_usd_per_kwh)} values, "
+            "must have 1 or 24"
+        )
     for field in ("segments", "checkpoint_s"):
         if getattr(spec.record, field) and spec.mode != "virtual":
             raise SpecError(f"run spec: record.{field}: only for virtual runs, not {spec.mode}")
@@ -439,6 +525,40 @@ def _check(spec: RunSpec) -> None:
         raise SpecError(
             f"run spec: control.lease_s = {spec.control.lease_s} must be at least three times "
             f"control.sample_period_s = {spec.control.sample_period_s}"
+        )
+
+
+def _check_plant(spec: RunSpec) -> None:
+    cluster, plant = spec.cluster, spec.plant
+    if plant is None:
+        for what, there in (
+            ("fault", any(fault.kind != "gpu_lost" for fault in spec.fault)),
+            ("vms.count", spec.vms.count > 0),
+        ):
+            if there:
+                raise SpecError(f"run spec: {what} needs a plant: add a table [plant]")
+        return
+    if cluster.row_budget_w:
+        raise SpecError(
+            f"run spec: cluster.row_budget_w = {cluster.row_budget_w:g} and a [plant]: the plant "
+            "sets the budgets; use plant.row_limit_w"
+        )
+    aisles = math.ceil(cluster.rows / plant.rows_per_aisle)
+    for fault in spec.fault:
+        count = {"ups_lost": plant.num_ups, "ahu_lost": aisles}.get(fault.kind, math.inf)
+        if fault.unit >= count:
+            raise SpecError(
+                f"run spec: fault.unit = {fault.unit} must be below {count} for {fault.kind}"
+            )
+    spare = [
+        cluster.gpus_per_node - sum(spec.pool[k].gpus_per_node for k in spec.pools_on(node))
+        for node in range(cluster.rows * cluster.nodes_per_row)
+    ]
+    room = sum(gpus // spec.vms.gpus for gpus in spare)
+    if spec.vms.count > room:
+        raise SpecError(
+            f"run spec: vms.count = {spec.vms.count} VMs of {spec.vms.gpus} GPUs; "
+            f"there is room for {room} on the GPUs that pools leave"
         )
 
 

@@ -28,6 +28,7 @@ from testbed.core.messages import (
     RowReport,
     Stop,
     Submit,
+    Surroundings,
     TenantLimits,
     Tune,
     Welcome,
@@ -68,5 +69,6 @@ TOPICS: dict[type[Body], Topic] = {
     TenantLimits: Topic("control", "coordinator", "on change", "commands"),
     Arrange: Topic("control", "coordinator", "on change", "commands, layout"),
     Tune: Topic("control", "coordinator", "on change", "commands"),
+    Surroundings: Topic("control", "coordinator", "every plant.period_s", "facility"),
     Ack: Topic("control", "node", "answers Lease", "events"),
 }

@@ -144,6 +144,87 @@ class RowColumns:
 
 
 @dataclass(slots=True)
+class ServerColumns:
+    """One row per node, in their order: what the building's meters say of it."""
+
+    name: tuple[str, ...]
+    row: Ints
+    aisle: Ints
+    ups_a: Ints
+    ups_b: Ints
+    """The two UPS that feed it."""
+    free_gpus: Ints
+    """GPUs that an opaque VM could take."""
+    inlet_c: Floats
+    airflow_m3_s: Floats
+    draw_w: Floats
+    """GPUs and host."""
+    dark: Bools
+
+
+@dataclass(slots=True)
+class AisleColumns:
+    """One row per aisle: servers that share their air."""
+
+    name: tuple[str, ...]
+    airflow_m3_s: Floats
+    capacity_m3_s: Floats
+    """What its air handlers move now; with more asked for, hot air comes back to the inlets."""
+    rating_m3_s: Floats
+    """The same with all of them running."""
+
+
+@dataclass(slots=True)
+class UpsColumns:
+    """One row per UPS."""
+
+    name: tuple[str, ...]
+    up: Bools
+    draw_w: Floats
+    limit_w: Floats
+    """0 while it is out."""
+
+
+@dataclass(slots=True)
+class VmColumns:
+    """One row per GPU VM that has arrived."""
+
+    name: tuple[str, ...]
+    pool: Ints
+    """The pool whose instance it holds (SaaS), or -1 for an opaque one (IaaS): that may be placed,
+    and not be touched afterwards."""
+    customer: Ints
+    """Whose it is; a customer's VMs are alike."""
+    num_gpus: Ints
+    node: Ints
+    """Where it runs: -1 while it waits for a place, -2 once it has left."""
+    draw_w: Floats
+    """Its GPUs together."""
+
+
+@dataclass(slots=True)
+class Facility:
+    """The building: what a plant (`emulators.datacenter`) or a real one's meters tell."""
+
+    t_s: float
+    hour: float
+    """Local hour of the year; modulo 24 that of the day."""
+    outside_c: float
+    row_draw_w: Floats
+    """Whole servers, per row of `View.rows`."""
+    row_limit_w: Floats
+    """What each row may draw now: its breaker, and its part of the UPS that are left."""
+    row_rating_w: Floats
+    """The same when all is well."""
+    servers: ServerColumns
+    aisles: AisleColumns
+    ups: UpsColumns
+    vms: VmColumns
+    gpu_vm: Ints
+    """Index into ``vms`` per GPU of the cluster; -1 for none."""
+
+
+@dataclass(slots=True)
 class View:
     """What is known at ``now_s``, with the age of each part in its ``t_s`` column."""
 
@@ -161,6 +242,19 @@ class View:
     model_quality_frac: Floats = field(default_factory=lambda: np.ones((0, len(PRECISIONS))))
     """Quality of each model (row) at each precision (column) as its card declares it: the share of
     MMLU questions answered. NaN where nothing is declared."""
+    facility: Facility | None = None
+    """In runs with a ``[plant]``."""
+
+    def row_load_frac(self, stale_s: float = 2.0) -> Floats:
+        """Each row's draw over what it may draw now: whole servers where they are metered, else
+        its GPUs over their budget."""
+        if self.facility is not None:
+            limit_w = np.maximum(self.facility.row_limit_w, 1e-9)
+            return np.asarray(self.facility.row_draw_w / limit_w)
+        draws_w = np.bincount(
+            self.gpus.row, self.gpus.draw_w(self.now_s, stale_s), len(self.rows.name)
+        )
+        return np.asarray(draws_w / self.rows.budget_w)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +383,15 @@ class Squash:
     why: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class PlaceVm:
+    """Let each of ``vms`` run on the node of ``nodes``; those that do not fit go on waiting."""
+
+    vms: Ints
+    nodes: Ints
+    why: str = ""
+
+
 Command = (
     SetPowerLimit
     | LockClocks
@@ -299,6 +402,7 @@ Command = (
     | OrderQueue
     | RecallWaiting
     | Squash
+    | PlaceVm
 )
 
 
@@ -337,7 +441,16 @@ def slots_to_gpus(num_gpus: Ints, pool: Ints, pool_priority: Ints, spare: int) -
     return instance, np.where(held, pool_priority[pool[latest]], spare)
 
 
-_C = TypeVar("_C", GpuColumns, InstanceColumns, TenantColumns)
+_C = TypeVar(
+    "_C",
+    GpuColumns,
+    InstanceColumns,
+    TenantColumns,
+    ServerColumns,
+    AisleColumns,
+    UpsColumns,
+    VmColumns,
+)
 
 
 def empty_gpus(names: tuple[str, ...]) -> GpuColumns:
@@ -353,6 +466,11 @@ def empty_instances(names: tuple[str, ...]) -> InstanceColumns:
 def empty_tenants(names: tuple[str, ...]) -> TenantColumns:
     """Columns for tenants that have not been heard from yet."""
     return _empty(TenantColumns, names)
+
+
+def empty_columns(columns: type[_C], names: tuple[str, ...]) -> _C:
+    """Columns of a kind, all zero."""
+    return _empty(columns, names)
 
 
 def _empty(columns: type[_C], names: tuple[str, ...]) -> _C:
@@ -458,5 +576,61 @@ def view_of_layouts(
     view.model_quality_frac = np.full((len(models), len(PRECISIONS)), np.nan)
     gpus.instance, gpus.priority = slots_to_gpus(
         slots.num_gpus, slots.pool, view.pool_priority, spare=1
+    )
+    return view
+
+
+def with_facility(
+    view: View,
+    *,
+    row_limit_w: float = np.inf,
+    inlet_c: list[float] | None = None,
+    waiting: list[int] | None = None,
+) -> View:
+    """The view with a building around it, for doctests and tests.
+
+    Rows share one aisle with air to spare; each node without an instance has its GPUs free.
+
+    Args:
+        view: as from `view_of`.
+        row_limit_w: what each row may draw, whole servers.
+        inlet_c: of each node; 24 by default.
+        waiting: a VM of one GPU that waits for a place, for each pool listed; -1 is opaque.
+
+    >>> view = with_facility(view_of([[300.0], [0.0]]), waiting=[-1])
+    >>> view.facility.vms.node.tolist(), view.facility.row_draw_w.tolist()
+    ([-1], [300.0, 0.0])
+    """
+    gpus, count = view.gpus, int(view.gpus.node.max()) + 1
+    servers = _empty(ServerColumns, tuple(f"node{k}" for k in range(count)))
+    servers.row[gpus.node] = gpus.row
+    servers.ups_b[:] = 1
+    servers.free_gpus[:] = np.bincount(gpus.node, gpus.instance < 0, count)
+    servers.inlet_c[:] = 24.0 if inlet_c is None else inlet_c
+    servers.draw_w[:] = np.bincount(gpus.node, gpus.power_avg_w, count)
+    servers.airflow_m3_s[:] = 0.2
+    aisles = _empty(AisleColumns, ("aisle0",))
+    aisles.airflow_m3_s[:] = 0.2 * count
+    aisles.capacity_m3_s[:] = aisles.rating_m3_s[:] = 1.0 * count
+    ups = _empty(UpsColumns, ("ups0", "ups1"))
+    ups.up[:] = True
+    ups.draw_w[:], ups.limit_w[:] = servers.draw_w.sum() / 2, len(view.rows.name) * row_limit_w / 2
+    vms = _empty(VmColumns, tuple(f"vm{k}" for k in range(len(waiting or []))))
+    vms.pool[:] = waiting or []
+    vms.customer[:] = np.where(vms.pool < 0, 0, 1 + vms.pool)
+    vms.num_gpus[:], vms.node[:] = 1, -1
+    limits_w = np.full(len(view.rows.name), row_limit_w)
+    view.facility = Facility(
+        view.now_s,
+        4884.0,
+        25.0,
+        np.bincount(gpus.row, gpus.power_avg_w, len(view.rows.name)).astype(float),
+        limits_w,
+        limits_w,
+        servers,
+        aisles,
+        ups,
+        vms,
+        np.full(len(gpus.name), -1),
     )
     return view

@@ -27,7 +27,7 @@ from testbed.core.errors import PolicyError
 from testbed.core.spec import PolicySpec
 from testbed.core.view import Controller, Router
 
-_NOT_POLICIES = {"load"}
+_NOT_POLICIES = {"load", "serving_profile"}
 
 
 def shipped_policies() -> list[str]:
@@ -57,11 +57,12 @@ def load_router(spec: PolicySpec) -> Router:
 def _load(spec: PolicySpec, method: str) -> Any:
     name, _, class_name = spec.use.partition(":")
     module = _file_module(name) if name.endswith(".py") else _shipped_module(name)
+    offered = getattr(module, "__all__", list(vars(module)))
     classes = [
         value
-        for value in vars(module).values()
+        for value in (getattr(module, name) for name in offered)
         if inspect.isclass(value)
-        and value.__module__ == module.__name__
+        and f"{value.__module__}.".startswith(f"{module.__name__}.")
         and callable(getattr(value, method, None))
         and (not class_name or value.__name__ == class_name)
     ]

@@ -21,6 +21,8 @@ from testbed.core.spec import PolicySpec
 from testbed.core.view import (
     PRECISIONS,
     Controller,
+    Facility,
+    Floats,
     GpuColumns,
     InstanceColumns,
     Ints,
@@ -29,6 +31,7 @@ from testbed.core.view import (
     View,
     slots_to_gpus,
 )
+from testbed.recorder.facility import facility_of
 from testbed.recorder.reader import Recording, Source
 from testbed.recorder.tables import LAYOUT, VIEW_STATIC, flatten
 
@@ -182,6 +185,7 @@ class _Views:
         columns = [PRECISIONS.index(str(name)) for name in models["precision"]]
         self._quality_frac[places, columns] = models["quality_frac"]
         self._layout = _LayoutAt(recording, instances)
+        self._facility = _FacilityAt(recording) if recording.spec.plant is not None else None
 
     def at(self, step: int, now_s: float) -> View:
         """The view of a control tick. Its arrays are read-only, as they were."""
@@ -190,6 +194,11 @@ class _Views:
             setattr(instances, name, column)
         if self._elastic:
             gpus.instance, gpus.priority = self._spread(instances)
+        facility = self._facility.at(step) if self._facility is not None else None
+        if facility is not None:
+            gpus.priority = np.where(
+                facility.gpu_vm >= 0, self._pool_priority.max() + 1, gpus.priority
+            )
         return View(
             now_s=now_s,
             rows=RowColumns(self._row_names, _cut(self._rows, step)["budget_w"]),
@@ -201,11 +210,37 @@ class _Views:
             pool_of_class=dict(self._pool_of_class),
             models=self._models,
             model_quality_frac=self._quality_frac,
+            facility=facility,
         )
 
     def _spread(self, instances: InstanceColumns) -> tuple[Ints, Ints]:
         spare = int(self._pool_priority.min())
         return slots_to_gpus(instances.num_gpus, instances.pool, self._pool_priority, spare)
+
+
+class _FacilityAt:
+    """The table of the building, played forward to a control tick."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._table = recording.columns("facility")
+        self._nodes = tuple(recording.spec.node_names())
+        self._now: dict[str, Floats] = {}
+        self._done = 0
+
+    def at(self, step: int) -> Facility:
+        """What policies saw; steps must not go back."""
+        table = self._table
+        end = int(np.searchsorted(table["step"], step, side="right"))
+        rows = slice(self._done, end)
+        for quantity, place, value in zip(
+            table["quantity"][rows], table["place_index"][rows], table["value"][rows], strict=True
+        ):
+            column = self._now.setdefault(str(quantity), np.zeros(0))
+            if place >= len(column):  # seen for the first time, place by place
+                column = self._now[str(quantity)] = np.append(column, 0.0)
+            column[place] = value
+        self._done = end
+        return facility_of(self._now, self._nodes)
 
 
 class _LayoutAt:

@@ -38,6 +38,7 @@ from testbed.core.view import (
     LockClocks,
     OrderQueue,
     Placement,
+    PlaceVm,
     RecallWaiting,
     SetBatch,
     SetMemoryLimit,
@@ -96,7 +97,7 @@ _UNITS = {
     "priority": "rank",
     "throttle": "mask of NVML clocks event reasons",
     "bin": "index of an ITL bin",
-    "value": "W, MHz, bytes, or 0 and 1, by kind",
+    "value": "W, MHz, bytes, index, or 0 and 1, by kind; of a facility by quantity",
     "model": "index in model_index",
     "state": "0 off, 1 starting, 2 up, 3 draining",
     "request_id": "identifier",
@@ -321,6 +322,12 @@ _ALL = [
         f"step:i8 now_s:f8 instance:i4 {_of_view(InstanceColumns)}",
     ),
     table(
+        "facility",
+        "what policies saw: the building, each value of `testbed.core.view.Facility` when it is "
+        "another one than before",
+        "step:i8 now_s:f8 quantity:name place_index:i4 value:f8",
+    ),
+    table(
         "view_tenants",
         "what policies saw: tenants",
         f"step:i8 now_s:f8 tenant_index:i4 {_of_view(TenantColumns)}",
@@ -434,6 +441,8 @@ def flatten(command: Command) -> Flat:
     elif isinstance(command, OrderQueue):
         kind, target = "queue_order", command.instances
         value = float(command.by == "deadline")
+    elif isinstance(command, PlaceVm):
+        kind, target, value = "place_vm", command.vms, np.asarray(command.nodes, np.float64)
     elif isinstance(command, RecallWaiting):
         kind, target, value = "recall", command.instances, 1.0
     elif isinstance(command, Squash):

@@ -36,6 +36,7 @@ from testbed.core.spec import RunSpec
 from testbed.core.view import (
     PRECISIONS,
     Command,
+    Facility,
     Floats,
     GpuColumns,
     InstanceColumns,
@@ -43,6 +44,7 @@ from testbed.core.view import (
     TenantColumns,
     View,
 )
+from testbed.recorder.facility import facility_columns
 from testbed.recorder.tables import (
     FORMAT,
     NUMPY_TYPE,
@@ -256,6 +258,7 @@ class Recorder:
             write_json(self.folder / "manifest.json", self.manifest)
         # `steps` stays last: see its place in TABLES.
         tables = {**{t.name: t for t in extra_tables}, **TABLES}
+        self._facility_seen: dict[str, Floats] = {}
         self.tables = {name: TableWriter(table, self.folder) for name, table in tables.items()}
         self._gpus = self.tables["gpus"]
         self._instances = self.tables["instances"]
@@ -310,6 +313,7 @@ class Recorder:
             "memory_limit": tenants.name,
             **dict.fromkeys(_OF_INSTANCES, instances.name),
             **dict.fromkeys(("layout_snapshot", "layout_cold"), nodes),
+            "place_vm": view.facility.vms.name if view.facility is not None else (),
         }
         put = self.tables
         put["gpu_index"].append(
@@ -467,6 +471,18 @@ class Recorder:
         self._view("view_gpus", step, now_s, view.gpus, _VIEW_GPUS, breathe)
         self._view("view_instances", step, now_s, view.instances, _VIEW_INSTANCES, breathe)
         self._view("view_tenants", step, now_s, view.tenants, _VIEW_TENANTS, breathe)
+        if view.facility is not None:
+            self._facility(step, now_s, view.facility)
+
+    def _facility(self, step: int, now_s: float, facility: Facility) -> None:
+        for quantity, values in facility_columns(facility).items():
+            before = self._facility_seen.get(quantity)
+            places = np.arange(len(values)) if before is None else np.flatnonzero(values != before)
+            if len(places):
+                self._facility_seen[quantity] = values
+                self.tables["facility"].append(
+                    len(places), step, now_s, quantity, places, values[places]
+                )
 
     def _view(
         self,

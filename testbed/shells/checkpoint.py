@@ -36,7 +36,7 @@ _NODE = (
 _GUARD = ("_gpus", "_journal", "_log", "_infos")
 _DAEMON = (
     "name", "config", "welcome", "_gpus", "_guard", "_serving", "_send", "_boot_id", "_tenants",
-    "_log",
+    "_log", "_surround",
 )  # fmt: skip
 _COLUMNS = ("gpus", "instances", "rows")
 _CLAIMS = ("_power", "_clocks", "_batches")
@@ -70,6 +70,10 @@ def check(spec: RunSpec, *, lean: bool) -> None:
         raise SpecError(
             "run spec: record.checkpoint_s: not with transport.jitter_s, transport.loss_frac, "
             "memory tenants or cluster.elastic"
+        )
+    if spec.plant is not None:
+        raise SpecError(
+            "run spec: record.checkpoint_s: not with a [plant], which is not kept in it"
         )
     if 8 * delay_s > period_s:
         raise SpecError(

@@ -300,8 +300,10 @@ class Crew:
             command += ["--seed", str(spec.seed), "--place", str(index)]
             command += ["--inlet-c", str(cluster.inlet_c)]
             command += ["--temp-spread-c", str(cluster.temp_spread_c)]
+            if spec.plant is not None:
+                command += ["--gpu-order-c", str(spec.plant.gpu_order_c)]
             for fault in spec.fault:
-                if fault.node == index:
+                if fault.kind == "gpu_lost" and fault.node == index:
                     command += ["--lose", f"{fault.gpu}@{fault.at_s}"]
         else:
             command += ["--device", spec.device, "--cores", str(spec.cluster.gpus_per_node)]

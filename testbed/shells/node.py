@@ -10,6 +10,7 @@ import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ from daemons.node import NodeDaemon
 from daemons.safety import CapGuard, Journal
 from daemons.seams import GpuDevice, Serving
 from daemons.tenants import TenantHost
+from emulators.datacenter import order_c
 from emulators.gpu import FIRST_UUID, GpuBank
 from emulators.memory import ModelledTenants
 from emulators.nvml import EmulatedNvml
@@ -35,7 +37,7 @@ from testbed.core.clock import (
     LiveScheduler,
 )
 from testbed.core.errors import DeviceError, SpecError
-from testbed.core.messages import Bye, Envelope, GpuReadings, Ping, Pong
+from testbed.core.messages import Bye, Envelope, GpuReadings, Ping, Pong, Surroundings
 from testbed.core.spec import TenantsSpec
 from testbed.core.transport.zmq import Curve, ZmqSpoke
 from testbed.shells.executed import ExecutedServing
@@ -65,6 +67,8 @@ class NodeOptions:
     """Index of the node in the run; decides its GPUs' temperature offsets."""
     inlet_c: float = 24.0
     temp_spread_c: float = 2.0
+    gpu_order_c: float = 0.0
+    """How much warmer the last GPU in the airflow runs than the first (`PlantSpec`)."""
     faults: list[tuple[float, int]] = field(default_factory=list)
     """When which emulated GPU is lost."""
     delay_s: float = 0.005
@@ -163,6 +167,7 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
             spoke.send,
             boot_id=boot_id(),
             tenants=_node_tenants(options, log, stack),
+            surround=plant.surround,
             log=log,
         )
         shell = NodeSchedule(daemon, loop)
@@ -226,6 +231,8 @@ class _Plant:
     collect: Callable[[], bool]
     """Take in what real executors have finished; True if anything."""
     allow_writes: bool
+    surround: Callable[[Surroundings], None] = lambda around: None
+    """Told what an emulated building does to emulated devices."""
 
 
 class _EmulatedGpus(NvmlGpus):
@@ -255,7 +262,14 @@ class _EmulatedGpus(NvmlGpus):
 def _open_plant(options: NodeOptions, loop: LiveScheduler, spoke: ZmqSpoke) -> _Plant:
     if options.emulate:
         servers = _node_servers(options)
-        return _Plant(_EmulatedGpus(servers), servers.serving[0], servers.tick, lambda: False, True)
+        return _Plant(
+            _EmulatedGpus(servers),
+            servers.serving[0],
+            servers.tick,
+            lambda: False,
+            True,
+            surround=partial(servers.surround, 0),
+        )
     if options.device == "cpu":
         cores = CpuDevices(options.cores, name=f"serving-testbed-cpu-{os.getpid()}")
         serving = _real_serving(options, loop, spoke, cores.attach, [])
@@ -300,6 +314,7 @@ def _node_servers(options: NodeOptions) -> ServerBank:
     offsets_c = np.random.default_rng([options.seed, 17, options.place]).normal(
         0.0, options.temp_spread_c, count
     )
+    offsets_c += order_c(options.gpu_order_c, count)
     state = GpuState.create(count, path=options.state_dir / "gpus.state")
     bank = GpuBank(
         profile,

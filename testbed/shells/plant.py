@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from daemons.tenants import TenantPlan, load_memory_trace
+from emulators.datacenter import gpu_order_c
 from emulators.gpu import GpuBank
 from emulators.profiles import GpuProfile
 from emulators.state import GpuState
@@ -26,6 +27,7 @@ def emulated_bank(spec: RunSpec, profile: GpuProfile, state: GpuState, nodes: li
             for node in nodes
         ]
     )
+    offsets_c += np.tile(gpu_order_c(spec.plant, cluster.gpus_per_node), len(nodes))
     return GpuBank(profile, state, inlet_c=cluster.inlet_c, offset_c=offsets_c)
 
 
@@ -35,7 +37,7 @@ def gpu_faults(spec: RunSpec, nodes: list[int]) -> list[tuple[float, int]]:
     return [
         (fault.at_s, nodes.index(fault.node) * count + fault.gpu)
         for fault in spec.fault
-        if fault.node in nodes
+        if fault.kind == "gpu_lost" and fault.node in nodes
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,14 @@ def _virtual_node(
 
     spoke = network.spoke(name, 1, deliver)
     tenants = ModelledTenants(plan) if plan is not None else None
-    daemon = NodeDaemon(name, gpus, guard, serving, spoke.send, tenants=tenants)
+    daemon = NodeDaemon(
+        name,
+        gpus,
+        guard,
+        serving,
+        spoke.send,
+        tenants=tenants,
+        surround=partial(servers.surround, index),
+    )
     shell = NodeSchedule(daemon, loop)
     return shell

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from testbed.core.errors import SpecError
 from testbed.core.messages import Request
@@ -74,7 +73,7 @@ def open_workload(
     assigned = _Classes(classes, spec.source)
     for images, sends in ((False, source.text), (True, source.images)):
         if sends:
-            assigned.fitting(images=images)  # an error now, not in the middle of the run
+            assigned.check(images=images)  # an error now, not in the middle of the run
     return _requests(source.chunks, job, assigned)
 
 
@@ -101,7 +100,7 @@ def _requests(chunks: Iterator[Columns], job: Job, classes: _Classes) -> Iterato
         if tenant is None:
             tenant = tenants.at(job.streams.uniform("tenants", len(some)))
         if slo_class is None:
-            slo_class = classes.at(some.num_images > 0, job.streams.uniform("classes", len(some)))
+            slo_class = classes.at(some, job.streams.uniform("classes", len(some)))
         end = int(np.searchsorted(some.arrival_s, job.duration_s))
         yield from map(
             Request,
@@ -150,38 +149,58 @@ def _tenants(count: int) -> _Weighted:
 
 
 class _Classes:
-    """Service classes, drawn by their shares among those whose rule on images a request fits."""
+    """Service classes, drawn by their shares among those whose rules a request fits."""
 
     def __init__(self, classes: list[ClassSpec], source: str) -> None:
         self._classes = classes
         self._source = source
-        self._fitting: dict[bool, _Weighted] = {}
+        self._names = np.array([entry.name for entry in classes], dtype=object)
+        self._shares = np.array([entry.share for entry in classes])
+        # One row per class, to be broadcast over the requests.
+        self._images = [
+            np.array([[entry.images in ("any", rule)] for entry in classes])
+            for rule in ("never", "only")
+        ]
+        self._prompt, self._output = (
+            [np.array([[getattr(entry, f"{what}_{end}_tokens")] for entry in classes])
+             for end in ("min", "max")]
+            for what in ("prompt", "output")
+        )  # fmt: skip
 
-    def fitting(self, *, images: bool) -> _Weighted:
-        """The classes for requests with, or without, images.
+    def check(self, *, images: bool) -> None:
+        """Whether any class takes requests with, or without, images.
 
         Raises:
             SpecError: there is none.
         """
-        if images not in self._fitting:
+        if not self._images[images].any():
             rule = "only" if images else "never"
-            fit = [entry for entry in self._classes if entry.images in ("any", rule)]
-            if not fit:
-                have = ", ".join(f"{entry.name} ({entry.images})" for entry in self._classes)
-                raise SpecError(
-                    f"run spec: source {self._source!r} sends requests "
-                    f"{'with' if images else 'without'} images, which no slo_class takes: "
-                    f"one must have images = 'any' or {rule!r}, there are: {have or 'none'}"
-                )
-            names, shares = [entry.name for entry in fit], [entry.share for entry in fit]
-            self._fitting[images] = _Weighted(names, shares)
-        return self._fitting[images]
+            have = ", ".join(f"{entry.name} ({entry.images})" for entry in self._classes)
+            raise SpecError(
+                f"run spec: source {self._source!r} sends requests "
+                f"{'with' if images else 'without'} images, which no slo_class takes: "
+                f"one must have images = 'any' or {rule!r}, there are: {have or 'none'}"
+            )
 
-    def at(self, has_images: NDArray[np.bool_], frac: Floats) -> Names:
-        """A class for each request, at fractions of the requests of its kind."""
-        names = np.empty(len(frac), dtype=object)
-        for images in (False, True):
-            chosen = has_images == images
-            if chosen.any():
-                names[chosen] = self.fitting(images=images).at(frac[chosen])
-        return names
+    def at(self, some: Columns, frac: Floats) -> Names:
+        """A class for each request, at fractions of the requests of its kind.
+
+        Raises:
+            SpecError: a request is in no class's range of lengths.
+        """
+        fits = np.where(some.num_images > 0, self._images[True], self._images[False])
+        for tokens, (low, high) in (
+            (some.prompt_tokens, self._prompt),
+            (some.output_tokens, self._output),
+        ):
+            fits = fits & (low <= tokens) & (tokens <= high)
+        cumulative = np.cumsum(self._shares[:, None] * fits, axis=0)
+        total = cumulative[-1] if len(cumulative) else np.zeros(len(frac))
+        if not total.all():
+            lost = int(np.flatnonzero(total == 0)[0])
+            raise SpecError(
+                f"run spec: no slo_class takes a request of {int(some.prompt_tokens[lost])} prompt "
+                f"and {int(some.output_tokens[lost])} output tokens"
+            )
+        index = (cumulative / total <= frac).sum(axis=0)
+        return np.asarray(self._names[np.minimum(index, len(self._names) - 1)])

@@ -9,7 +9,10 @@ has it. Here are synthetic requests with its rates and its lengths (`data/README
   are Poisson. The week begins on Monday at 00:00 UTC; ``start_s`` begins within it, and it repeats.
 - Five days of each service were read. Wednesday and Thursday of coding are its Tuesday and Monday,
   Friday and Saturday of conversation its Thursday and Sunday.
-- ``rate_rps`` multiplies the rates so that it is their mean over the week, 72.9 if 0.
+- ``trace`` leaves one service alone: ``coding`` or ``conversation``, at its own share of the rate.
+- ``time_scale`` plays so many seconds of the week in one, at their rates: a week is shorter, and no
+  busier. Requests take their usual time, so what depends on them is not compressed.
+- ``rate_rps`` multiplies the rates so that it is their mean over the week, 72.9 of both if 0.
 - Prompt and output lengths have each service's distributions, drawn independently.
 - Where the run file has the service classes ``coding`` and ``conversation``, requests fall into
   that of their service; otherwise by the shares of the classes.
@@ -30,6 +33,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from testbed.core.errors import SpecError
 from testbed.workloads.columns import Columns, Floats, Job, Source, SourceKind
 from testbed.workloads.generate import ByMinute, minute_rates
 from testbed.workloads.images import give_images
@@ -50,15 +54,22 @@ def _generated(job: Job) -> Iterator[Columns]:
     with (DATA / "azure_llm_2024_week.csv").open(encoding="utf-8", newline="") as file:
         table = np.array([[float(value) for value in row] for row in list(csv.reader(file))[1:]])
     per_row = round((table[1, 0] - table[0, 0]) / 60)
-    factor = (job.spec.rate_rps or RATE_RPS) / RATE_RPS
+    chosen = job.spec.trace or "both"
+    if chosen not in (*SERVICES, "both"):
+        raise SpecError(
+            f"run spec: workload.trace = {chosen!r} must be coding or conversation, or left out"
+        )
+    of_week = {name: PER_MINUTE[name] for name in SERVICES if chosen in (name, "both")}
+    usual_rps = sum(of_week.values()) / 60.0
+    factor = (job.spec.rate_rps or usual_rps) / usual_rps
     rates = []
     for place, service in enumerate(SERVICES):
         low, high = table[:, 1 + 2 * place], table[:, 2 + 2 * place]
         drawn = minute_rates(low, high, per_row, 1.0, job.streams, f"{service}_minutes")
-        rates.append(drawn * factor * PER_MINUTE[service] / 60.0 / drawn.mean())
+        rates.append(drawn * factor * of_week.get(service, 0.0) / 60.0 / drawn.mean())
     coding_rps, conversation_rps = rates
-    week = ByMinute(coding_rps + conversation_rps, job.spec.start_s)
-    share = coding_rps / (coding_rps + conversation_rps)
+    week = ByMinute(coding_rps + conversation_rps, job.spec.start_s, job.spec.time_scale)
+    share = coding_rps / np.maximum(coding_rps + conversation_rps, 1e-12)
     return _rows(week, share, job)
 
 
@@ -85,5 +96,8 @@ def _rows(week: ByMinute, coding_share: Floats, job: Job) -> Iterator[Columns]:
 
 
 KIND = SourceKind(
-    open_source, frozenset({"start_s", "rate_rps", "image_frac", "tenants", "max_prompt_tokens"})
+    open_source,
+    frozenset(
+        {"trace", "start_s", "time_scale", "rate_rps", "image_frac", "tenants", "max_prompt_tokens"}
+    ),
 )

@@ -63,6 +63,7 @@ class ByMinute:
     Args:
         rate_rps: the rate of each minute.
         start_s: where in it time zero lies.
+        speed: minutes of the rates that a minute plays, each at its own rate.
 
     >>> hour = ByMinute(np.repeat([1.0, 0.0, 3.0], 20), 600.0)
     >>> arrival_s, minute = next(hour.arrivals(Streams(1)))
@@ -71,11 +72,14 @@ class ByMinute:
     [1233, 0, 3628]
     """
 
-    def __init__(self, rate_rps: Floats, start_s: float) -> None:
-        self.start_s = start_s
-        self.expected: Floats = np.cumsum(np.append(0.0, rate_rps * 60.0))
+    def __init__(self, rate_rps: Floats, start_s: float, speed: float = 1.0) -> None:
+        self.start_s = start_s / speed
+        self.length_s = 60.0 / speed
+        self.expected: Floats = np.cumsum(np.append(0.0, rate_rps * self.length_s))
         """Requests expected until the start of each minute."""
-        self.minute_s: Floats = np.arange(0.0, 60.0 * len(self.expected), 60.0)
+        self.minute_s: Floats = np.asarray(
+            np.arange(len(self.expected)) * self.length_s, np.float64
+        )
 
     def arrivals(self, streams: Streams) -> Iterator[tuple[Floats, Ints]]:
         """Chunks of arrival times, with the minute of the whole that each falls into.
@@ -90,5 +94,5 @@ class ByMinute:
             now = float(expected[-1])
             loops, rest = np.divmod(expected, loop)
             within_s = np.interp(rest, self.expected, self.minute_s)
-            minute = np.minimum(within_s // 60.0, len(self.expected) - 2).astype(np.int64)
+            minute = np.minimum(within_s // self.length_s, len(self.expected) - 2).astype(np.int64)
             yield np.maximum(within_s + loops * loop_s - self.start_s, 0.0), minute

@@ -1,0 +1,122 @@
+"""experiments/dynamollm: its cases, its rows, and short runs of both modes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from testbed import profiling
+from testbed.core.spec import parse_spec
+from testbed.experiment import Options, Result, Results, find_experiment
+from testbed.policies.dynamollm import DynamoLLM
+from tests.conftest import ROOT
+
+EXPERIMENT = find_experiment(str(ROOT / "experiments" / "dynamollm"))
+MODULE = EXPERIMENT.module
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """Profiles of few requests and clocks: a second instead of twenty."""
+    monkeypatch.setattr(profiling, "REQUESTS", 60)
+    monkeypatch.setattr(
+        DynamoLLM, "sweep", DynamoLLM.sweep._replace(clocks_mhz=(1000.0, 1400.0, 1980.0))
+    )
+
+
+def case(arm: str, options: Options, *more: str):
+    found = next(c for c in MODULE.cases(options) if c.arm == arm)
+    return type(found)(found.arm, 1, found.scenario, found.spec, [*found.overrides, *more])
+
+
+def test_every_system_is_the_same_policy_with_switches():
+    cases = {c.arm: c for c in MODULE.cases(Options(quick=True, seeds=1))}
+    told = {}
+    for arm, one in cases.items():
+        (policy,) = parse_spec(one.spec, one.overrides).policy
+        assert policy.use == "dynamollm"
+        told[arm] = policy.params
+        DynamoLLM(**policy.params)
+    assert set(told) == set(MODULE.SIX)
+    for arm, params in told.items():
+        assert {k for k in MODULE.KNOBS if params[k]} == set(MODULE.SYSTEMS[arm])
+        rest = {k: v for k, v in params.items() if k not in MODULE.KNOBS}
+        assert rest == {k: v for k, v in told["SinglePool"].items() if k not in MODULE.KNOBS}
+
+
+def test_a_full_run_has_five_seeds_and_every_rung():
+    cases = MODULE.cases(Options())
+    for scenario in MODULE.SCENARIOS:
+        for arm in MODULE.SIX:
+            seeds = {c.seed for c in cases if c.arm == arm and c.scenario == scenario}
+            assert seeds == {1, 2, 3, 4, 5}
+    assert {c.arm for c in cases} >= {"Inst+Shard", "Inst+Freq", "Shard+Freq", *MODULE.VARIANTS}
+
+
+def test_a_compressed_week_divides_periods_and_delays():
+    found = next(c for c in MODULE.cases(Options(seeds=1)) if c.scenario == "coding week")
+    spec = parse_spec(found.spec, found.overrides)
+    k = spec.workload.time_scale
+    assert spec.duration_s == pytest.approx(7 * 86400 / k)
+    assert spec.reconfigure.scale == pytest.approx(1 / k)
+    params = spec.policy[0].params
+    assert params["cluster_period_s"] == pytest.approx(1800 / k)
+    assert params["pool_period_s"] == pytest.approx(300 / k)
+
+
+def values(energy: float, attained: float) -> dict:
+    quantiles = {"p50": energy, "p99": 2 * energy}
+    return {
+        "energy_kwh": energy, "with_hosts_kwh": 2 * energy, "with_released_kwh": energy + 1,
+        "carbon_kg": energy, "gpu_h": energy, "attained_frac": attained,
+        "power_w": quantiles, "ttft_s": quantiles, "tbt_s": quantiles,
+        "series": {"t_s": [0.0, 30.0], "power_w": [1.0, 2.0], "nodes": [1.0, 1.0]},
+    }  # fmt: skip
+
+
+def test_rows_compare_with_the_paper_and_figures_are_drawn():
+    kwh = {"SinglePool": 10.0, "MultiPool": 9.5, "DynamoLLM": 5.0}
+    runs = [
+        Result(c, values(kwh.get(c.arm, 8.0), 0.99)) for c in MODULE.cases(Options(seeds=2))
+    ]  # fmt: skip
+    results = Results(runs, Options())
+    rows = MODULE.rows(results)
+    ours = [r for r in rows if r.metric == "energy, coding week" and r.arm == "DynamoLLM"]
+    assert [(r.ours, r.paper, r.mark) for r in ours] == [(-50.0, -56.0, "secondary")]
+    orders = [r for r in rows if r.metric.startswith("ordering")]
+    assert [r.ours for r in orders] == [100.0] * 4
+    assert {r.mark for r in rows} <= {"paper", "secondary", "uncertain", "ours"}
+    from testbed.experiment import _figures
+
+    drawn = _figures(EXPERIMENT, results)
+    assert len(drawn) == 12
+    assert all(trace for figure in drawn for trace in figure.data)
+    json.dumps([dataclasses.asdict(figure) for figure in drawn], allow_nan=False)
+
+
+def test_a_short_run_saves_energy_within_the_limits(coarse, tmp_path: Path):
+    quick = Options(quick=True, seeds=1)
+    short = ("duration_s=240", "workload.rate_rps=15", "cluster.nodes_per_row=8")
+    single, ours = (
+        MODULE.measure(case(arm, quick, *short), tmp_path) for arm in ("SinglePool", "DynamoLLM")
+    )
+    for found in (single, ours):
+        assert found["requests"]["completed"] > 1000
+        assert found["requests"]["lost"] == found["requests"]["rejected"] == 0
+    assert ours["energy_kwh"] < 0.9 * single["energy_kwh"]
+    assert single["attained_frac"] > 0.98
+    assert ours["attained_frac"] > 0.95
+    assert ours["layout"]["starts"] >= 1
+
+
+@pytest.mark.live
+def test_the_same_policy_file_runs_on_emulated_nodes_over_zeromq(coarse, tmp_path: Path):
+    emulated = Options("emulated", seeds=1)
+    found = MODULE.measure(case("DynamoLLM", emulated, "duration_s=12"), tmp_path)
+    assert found["requests"]["completed"] > 30
+    assert found["requests"]["lost"] == 0
+    assert found["energy_kwh"] > 0
+    assert found["layout"]["starts"] >= 1

@@ -1,0 +1,288 @@
+"""DynamoLLM's parts: classes, provisioning, the integer program, layouts, routing, the ladder."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from testbed.core.messages import Request
+from testbed.core.spec import PolicySpec
+from testbed.core.view import (
+    LockClocks,
+    OrderQueue,
+    Placement,
+    RecallWaiting,
+    SetLayout,
+    Squash,
+    view_of_layouts,
+)
+from testbed.policies.dynamollm import DynamoLLM
+from testbed.policies.dynamollm.capacity import Capacity, Slack
+from testbed.policies.dynamollm.classes import (
+    ALL,
+    CLASSES,
+    MIXES,
+    Predictor,
+    class_of,
+    covers,
+    larger,
+)
+from testbed.policies.dynamollm.cluster import nodes_for, spread
+from testbed.policies.dynamollm.layout import fit
+from testbed.policies.dynamollm.pool import Kind, _greedy, plan
+from testbed.policies.load import load_controller, load_router
+from testbed.policies.serving_profile import ServingProfile
+
+CLOCKS_MHZ = np.array([1000.0, 1980.0])
+LOADS = np.array([0.0, 0.5, 1.0])
+NODE_RPS = dict(zip(CLASSES, [60.0, 25.0, 9.0, 24.0, 18.0, 7.0, 4.0, 6.0, 7.0], strict=True))
+
+
+def made_profile() -> ServingProfile:
+    """Whole nodes do `NODE_RPS`; halves and quarters less than their share; clocks cost power."""
+    names = (*CLASSES, *(name for name, _ in MIXES), ALL)
+    shape = (len(names), 3, 2)
+    saturation = np.array([[NODE_RPS.get(n, 10.0) * part for part in (0.2, 0.45, 1.0)]
+                           for n in names])  # fmt: skip
+    power = np.zeros((*shape, 3))
+    ratio = np.zeros((*shape, 3))
+    for (_, tp, clock), load in itertools.product(np.ndindex(shape), range(3)):
+        gpus = (2, 4, 8)[tp]
+        power[:, tp, clock, load] = gpus * (100 + (150, 350)[clock] * LOADS[load])
+        # At the low clock the limit is met up to half of what the high clock does.
+        ratio[:, tp, clock, load] = (0.2, 1.0, 5.0)[load] if clock == 0 else (0.1, 0.3, 1.0)[load]
+    running = np.broadcast_to(LOADS * 20.0, (*shape, 3)).copy()
+    shares = np.array([1 / 9 if n in CLASSES else 1.0 for n in names])
+    return ServingProfile(
+        names, shares, (2, 4, 8), CLOCKS_MHZ, saturation, LOADS, power,
+        ratio, ratio, running,
+    )  # fmt: skip
+
+
+def policy(**params: object) -> DynamoLLM:
+    made = DynamoLLM(**params)  # type: ignore[arg-type]
+    made.learn(made_profile())
+    return made
+
+
+# Classes.
+
+
+def test_every_request_has_one_class_and_the_cuts_are_the_papers():
+    assert class_of(255, 99) == "ss"
+    assert class_of(256, 100) == "mm"
+    assert class_of(1024, 350) == "ll"
+
+
+def test_spilling_goes_only_to_classes_at_least_as_large_in_both_lengths():
+    for name in CLASSES:
+        assert all(covers(other, name) and other != name for other in larger(name))
+        assert len(set(larger(name))) == sum(covers(other, name) for other in CLASSES) - 1
+
+
+@pytest.mark.parametrize("error_frac", [0.0, 0.2, 0.4])
+def test_the_predictor_is_wrong_as_often_as_it_is_told(error_frac):
+    predictor = Predictor(error_frac, seed=3)
+    wrong = [predictor.class_of(10, tokens) != class_of(10, tokens)
+             for tokens in (5, 200, 900) for _ in range(2000)]  # fmt: skip
+    assert np.mean(wrong) == pytest.approx(error_frac, abs=0.02)
+
+
+def test_two_predictors_with_one_seed_err_alike():
+    first, second = (Predictor(0.4, seed=5) for _ in range(2))
+    assert [first.class_of(10, 5) for _ in range(99)] == [second.class_of(10, 5) for _ in range(99)]
+
+
+# Cluster manager.
+
+
+def test_only_the_largest_pool_is_over_provisioned():
+    load = dict.fromkeys(CLASSES, 1.4)
+    nodes = nodes_for(load)
+    served = spread(load, nodes)
+    assert sum(nodes.values()) == 13  # ceil(9 * 1.4)
+    for name, mix in served.items():
+        if name != "ll":
+            assert sum(mix.values()) == pytest.approx(nodes[name])
+    assert sum(sum(mix.values()) for mix in served.values()) == pytest.approx(9 * 1.4)
+
+
+def test_load_moves_up_and_never_down():
+    load = {"ss": 0.4, "ms": 0.7, "lm": 0.3}
+    nodes = nodes_for(load)
+    for name, mix in spread(load, nodes).items():
+        assert all(covers(name, other) for other in mix)
+
+
+def test_a_pool_that_can_do_less_with_a_mix_gets_more_nodes():
+    load = {"ss": 0.9, "ll": 0.9}
+    assert nodes_for(load) == {"ll": 2}
+    assert nodes_for(load, lambda pool, mix: 0.5 if "ss" in mix else 1.0) == {"ss": 1, "ll": 3}
+
+
+# Pool manager.
+
+KINDS = [
+    Kind(tp, load, power)
+    for tp, most, idle in ((2, 0.2, 240.0), (4, 0.45, 480.0), (8, 1.0, 960.0))
+    for load, power in ((0.5 * most, idle + 900 * most), (most, idle + 2200 * most))
+]
+
+
+def cost(kinds):
+    return sum(kind.power_w for kind in kinds)
+
+
+@pytest.mark.parametrize("load", [0.1, 0.3, 0.77, 1.3, 1.9])
+def test_the_program_finds_what_trying_everything_finds(load):
+    chosen = plan(KINDS, 16, load, use_all=False)
+    assert sum(kind.tp for kind in chosen) <= 16
+    assert sum(kind.load for kind in chosen) >= load - 1e-6
+    best = min(
+        sum(n * kind.power_w for n, kind in zip(counts, KINDS, strict=True))
+        for counts in itertools.product(*(range(16 // kind.tp + 1) for kind in KINDS))
+        if sum(n * kind.tp for n, kind in zip(counts, KINDS, strict=True)) <= 16
+        and sum(n * kind.load for n, kind in zip(counts, KINDS, strict=True)) >= load
+    )
+    assert cost(chosen) <= best * 1.002
+
+
+@pytest.mark.parametrize("load", [0.1, 0.77, 1.9])
+def test_the_greedy_fallback_serves_the_load_within_half_again_of_the_best(load):
+    counts = _greedy(KINDS, 16, load)
+    chosen = [kind for n, kind in zip(counts, KINDS, strict=True) for _ in range(n)]
+    assert sum(kind.tp for kind in chosen) <= 16
+    assert sum(kind.load for kind in chosen) >= load - 1e-6
+    assert cost(chosen) <= 1.5 * cost(plan(KINDS, 16, load, use_all=False))
+
+
+def test_more_than_can_be_served_gets_all_there_is():
+    chosen = plan(KINDS, 16, 5.0, use_all=False)
+    assert sum(kind.load for kind in chosen) == pytest.approx(2.0)
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize("tps", [[8, 4, 4], [2] * 8, [4, 4, 2, 2, 2, 2], [8, 8], [4, 2, 2, 8]])
+def test_instances_find_places_and_those_that_are_there_stay(tps):
+    before = {0: (4, 2, 2), 1: (8,)}
+    shapes = fit(tps, before, [0, 1], gpus_per_node=8)
+    assert sorted(tp for shape in shapes.values() for tp in shape) == sorted(tps)
+    assert all(sum(shape) <= 8 for shape in shapes.values())
+
+
+def test_a_plan_that_is_in_place_changes_nothing():
+    before = {0: (4, 2, 2), 1: (8,)}
+    assert fit([8, 2, 2, 4], before, [0, 1], gpus_per_node=8) == before
+
+
+# Capacity.
+
+
+def test_limits_are_those_of_the_table_and_slack_takes_from_them():
+    plain, careful = (Capacity(made_profile(), Slack(s, s)) for s in (1.0, 0.3))
+    assert plain.node_rps["ls"] == pytest.approx(4.0)
+    assert careful.node_rps["ls"] == pytest.approx(2.0)
+
+
+def test_the_cheapest_clock_is_the_lowest_that_meets_the_limit():
+    shapes = Capacity(made_profile(), Slack()).of("ls", {"ls": 1.0})
+    assert shapes.clock_for(2, 0.4) == 0
+    assert shapes.clock_for(2, 0.6) == 1
+    assert shapes.clock_for(2, 9.0) == 1
+
+
+# The whole policy on views.
+
+
+POOLS = (ALL, *CLASSES)
+NOTHING: tuple[Placement, ...] = ()
+
+
+def first_step(**params):
+    made = policy(**params)
+    view = view_of_layouts([NOTHING] * 3, pools=POOLS, now_s=0.0)
+    return made, view, made.step(view)
+
+
+def second_step(commands, made, **columns):
+    """The layouts that were asked for are up."""
+    layouts = [NOTHING] * 3
+    for command in commands:
+        if isinstance(command, SetLayout):
+            layouts[command.node] = command.layout
+    view = view_of_layouts(layouts, pools=POOLS, now_s=5.0)
+    for name, value in columns.items():
+        getattr(view.instances, name)[:] = value
+    return view, made.step(view)
+
+
+def test_with_all_switches_off_whole_nodes_serve_one_pool_at_the_highest_clock():
+    made, _, commands = first_step(
+        pools=False, instances=False, sharding=False, frequency=False, template_rps=[18.0]
+    )
+    layouts = [c for c in commands if isinstance(c, SetLayout)]
+    assert [[p.tp for p in c.layout] for c in layouts] == [[8], [8]]  # 18 * 1.1 / 10, rounded up
+    assert not [c for c in commands if isinstance(c, LockClocks)]
+    assert made.names == (ALL,)
+
+
+def test_controller_and_router_are_loaded_by_name():
+    assert isinstance(load_controller(PolicySpec(use="dynamollm")), DynamoLLM)
+    assert isinstance(load_router(PolicySpec(use="dynamollm")), DynamoLLM)
+
+
+def test_requests_are_held_until_there_is_an_instance():
+    made, view, _ = first_step(template_rps=[20.0])
+    assert made.route(Request(0, 0.0, 2000, 900), view) is None
+
+
+def test_a_request_goes_to_its_pool_and_from_a_full_one_to_a_larger():
+    made, _, commands = first_step(template_rps=[60.0], sharding=False)
+    view, _ = second_step(commands, made)
+    pools = {POOLS[view.instances.pool[slot]] for slot in np.flatnonzero(view.instances.up)}
+    assert {"ls", "ll"} <= pools
+    slot = made.route(Request(0, 5.0, 2000, 10), view)
+    assert POOLS[view.instances.pool[slot]] == "ls"
+    view.instances.outstanding_requests[view.instances.pool == POOLS.index("ls")] = 500
+    slot = made.route(Request(1, 5.0, 2000, 10), view)
+    assert covers(POOLS[view.instances.pool[slot]], "ls")
+    assert POOLS[view.instances.pool[slot]] != "ls"
+
+
+def test_idle_instances_run_at_the_lowest_clock_and_busy_ones_at_the_highest():
+    made, _, commands = first_step(template_rps=[60.0], sharding=False)
+    view, said = second_step(commands, made)
+    locks = [c for c in said if isinstance(c, LockClocks)]
+    assert {float(mhz) for c in locks for mhz in c.sm_clock_mhz} == {1000.0}
+    view.instances.outstanding_requests[:] = 18
+    view.now_s += 5.0
+    locks = [c for c in made.step(view) if isinstance(c, LockClocks)]
+    assert {float(mhz) for c in locks for mhz in c.sm_clock_mhz} == {0.0}
+
+
+def test_in_a_pool_one_node_at_a_time_is_cut_up_and_nothing_is_taken_away_meanwhile():
+    made, _, _ = first_step(template_rps=[60.0])
+    view = view_of_layouts([NOTHING] * 3, pools=POOLS)
+    made._said = {0: ("ll", (8,)), 1: ("ll", (8,)), 2: ("ll", (8,))}
+    made._want = {0: ("ll", (4, 4)), 1: ("ll", (4, 2)), 2: ("", ())}
+    asked = [[c.node for c in made._layouts(view)] for _ in range(3)]
+    assert asked == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("bad", [{"predictor_error": 1.5}, {"start": "warm"}, {"period_s": 900.0}])
+def test_parameters_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=str(next(iter(bad)))):
+        DynamoLLM(**bad)
+
+
+def test_the_ladder_climbs_one_rung_a_step_and_comes_down_at_once():
+    made, _, _ = first_step(template_rps=[20.0])
+    rungs = [[type(c) for c in made._climb({7: steps})] for steps in (1, 2, 3, 4)]
+    assert rungs == [[OrderQueue], [], [RecallWaiting], [RecallWaiting, Squash]]
+    down = made._climb({})
+    assert [type(c) for c in down] == [OrderQueue]
+    assert down[0].by == "arrival"
