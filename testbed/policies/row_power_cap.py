@@ -39,6 +39,9 @@ class RowPowerCap:
         self.trip, self.release, self.hold_s = trip, release, hold_s
         self.stale_s, self.period_s = stale_s, period_s
         self._quiet_since_s: dict[int, float] = {}
+        self._said_w: dict[int, float] = {}
+        """The limit said last for each row: it stands, also where a stronger policy holds a lower
+        one, and is not said again."""
 
     def step(self, view: View) -> list[Command]:
         """Cap rows above their trip level, uncap rows that have long been quiet."""
@@ -64,6 +67,8 @@ class RowPowerCap:
                 why = f"{name} drew under {self.release:.0%} for {quiet_s:.0f} s"
             else:
                 continue
-            if (gpus.power_limit_w[members] != limit_w).any():
+            said = self._said_w.get(row) == limit_w
+            if not said and (gpus.power_limit_w[members] != limit_w).any():
+                self._said_w[row] = float(limit_w)
                 commands.append(SetPowerLimit(members, float(limit_w), why))
         return commands
