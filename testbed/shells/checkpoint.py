@@ -27,7 +27,7 @@ from testbed.shells.lean import BankReports, RequestPath
 _COORDINATOR = (
     "spec", "layout", "view", "in_flight", "_hub", "_records", "_controllers", "_router", "_run_id",
     "_observed_s", "_submit", "_node_of", "_monotonic_ns", "_classes", "_held", "_power", "_clocks",
-    "_batches", "_arranging", "_epoch", "_start_ns", "_boot_id", "_beat_period_s",
+    "_batches", "_arranging", "_epoch", "_start_ns", "_boot_id", "_beat_period_s", "_breathe",
 )  # fmt: skip
 _NODE = (
     "name", "index", "row", "gpus", "instances", "tenants", "configs", "infos", "tenant_infos",
