@@ -120,7 +120,13 @@ def make_profile(spec: RunSpec, sweep: Sweep) -> ServingProfile:
     shape = (len(lengths), len(tps), len(clocks_mhz), len(LOADS))
     power_w, ttft, tpot, running = (np.zeros(shape) for _ in range(4))
     saturation_rps = np.zeros(shape[:2])
+    done: dict[int, int] = {}
     for index, some in enumerate(lengths.values()):
+        if id(some) in done:  # the same requests under two names are one measurement
+            for column in (saturation_rps, power_w, ttft, tpot, running):
+                column[index] = column[done[id(some)]]
+            continue
+        done[id(some)] = index
         bench = _Bench(spec, gpu, some, seed=index)
         for place, tp in enumerate(tps):
             saturation_rps[index, place] = rps = bench.saturation_rps(tp)
@@ -158,7 +164,10 @@ def class_lengths(spec: RunSpec, sweep: Sweep) -> dict[str, _Lengths]:
             found[name] = _cut(mixed, by_name[name])
     for name, members in sweep.mixes:
         chosen = [request for request in sample if request.slo_class in members]
-        found[name] = _lengths(sample, chosen, by_name) if chosen else found[members[-1]]
+        if len(chosen) == len(sample):
+            found[name] = mixed
+        else:
+            found[name] = _lengths(sample, chosen, by_name) if chosen else found[members[-1]]
     return {**found, ALL: mixed}
 
 
