@@ -116,10 +116,16 @@ def test_load_moves_up_and_never_down():
         assert all(covers(name, other) for other in mix)
 
 
-def test_a_pool_that_can_do_less_with_a_mix_gets_more_nodes():
+def test_a_pool_keeps_its_remainder_where_mixing_would_take_more_nodes():
     load = {"ss": 0.9, "ll": 0.9}
     assert nodes_for(load) == {"ll": 2}
-    assert nodes_for(load, lambda pool, mix: 0.5 if "ss" in mix else 1.0) == {"ss": 1, "ll": 3}
+    assert nodes_for(load, lambda pool, mix: 0.4 if len(mix) > 1 else 1.0) == {"ss": 1, "ll": 1}
+
+
+def test_a_pool_that_can_do_less_with_a_mix_gets_more_nodes():
+    load = {"ss": 0.3, "ls": 0.4, "ll": 0.4}
+    assert nodes_for(load) == {"ll": 2}
+    assert sum(nodes_for(load, lambda pool, mix: 0.5 if len(mix) > 1 else 1.0).values()) == 3
 
 
 # Pool manager.
