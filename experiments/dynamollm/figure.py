@@ -73,7 +73,7 @@ def _pareto(results: Results, scenario: str, place: int) -> Figure:
             (
                 arm
                 for arm in arms
-                if arm == name or arm.startswith((f"{name}, margin", f"{name} x"))
+                if arm == name or (arm.startswith((f"{name}, ", f"{name} x")) and "x 2" not in arm)
             ),
             key=lambda arm: energy[arm].mean,
         )
@@ -109,7 +109,7 @@ def _pareto(results: Results, scenario: str, place: int) -> Figure:
     return Figure(
         f"pareto{place}",
         f"Energy against misses, {scenario}",
-        "down and left is better; dotted: DynamoLLM over its margin, SinglePool over its size",
+        "down and left is better; dotted: DynamoLLM by its care, SinglePool by its size",
         data,
         {
             "xaxis": {"title": {"text": "kWh"}},
