@@ -36,7 +36,7 @@ _NODE = (
 _GUARD = ("_gpus", "_journal", "_log", "_infos")
 _DAEMON = (
     "name", "config", "welcome", "_gpus", "_guard", "_serving", "_send", "_boot_id", "_tenants",
-    "_log",
+    "_log", "_surround",
 )  # fmt: skip
 _COLUMNS = ("gpus", "instances", "rows")
 _CLAIMS = ("_power", "_clocks", "_batches")

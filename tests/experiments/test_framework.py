@@ -65,7 +65,7 @@ def test_a_run_that_fails_names_itself(guide: Path, tmp_path: Path):
     (guide / "experiment.py").write_text(code, encoding="utf-8")
     done = cli("experiment", guide, "--quick", "--out", tmp_path / "out")
     assert done.returncode == 2
-    assert "10 W seed 1" in done.stderr
+    assert re.search(r"10 W seed [12]: ", done.stderr)  # whichever worker was first
     assert "row_budget_w = 10" in done.stderr
 
 
