@@ -200,10 +200,12 @@ class CapGuard:
         since_s = 0.0 if self._advanced_s is None else now_s - self._advanced_s
         self._advanced_s = now_s
         if now_s >= self.expires_s and not self.expired:
-            self.expired = True
+            self.expired = self._moving = True
             self._target_w = list(self._safe_w)
             self._log(f"lease ran out at {self.expires_s:.3f} s: moving to the safe caps")
         self._reconcile()
+        if not self._moving:
+            return
         for index, target_w in enumerate(self._target_w):
             wanted_w = min(target_w, self._foreign_w[index])
             here_w = self._set_w[index]
@@ -240,10 +242,14 @@ class CapGuard:
         """Compare with what we left, and decide about what somebody else set."""
         if not self._allow_writes:
             return
-        for index, read_w in enumerate(self._gpus.power_limits_w()):
+        found_w = self._gpus.power_limits_w()
+        if found_w == self._set_w:
+            return
+        for index, read_w in enumerate(found_w):
             if read_w <= 0 or abs(read_w - self._set_w[index]) <= _SAME_W:
                 continue  # a lost GPU, or as we left it
             self.drift_total += 1
+            self._moving = True
             uuid = self._infos[index].uuid
             lower = read_w < min(self._target_w[index], self._set_w[index]) - _SAME_W
             self._log(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 
 from emulators.engine import Engine, Event
 from testbed.core.messages import Request
@@ -83,3 +84,40 @@ class Farm:
         while heap and wakes_s[heap[0][1]] != heap[0][0]:
             heapq.heappop(heap)
         self.next_s = heap[0][0] if heap else math.inf
+
+
+# What a tick and a sample ask of every engine: loops over engines, which compile well.
+
+
+def work_at(
+    engines: Sequence[Engine], which: list[int], t_s: float
+) -> list[tuple[float, float, float]]:
+    """Busy seconds, FLOPs and bytes since their start of some engines, advanced to ``t_s``."""
+    rows: list[tuple[float, float, float]] = []
+    for index in which:
+        engine: Engine = engines[index]
+        if engine.next_event_s <= t_s:
+            engine.advance_to(t_s)
+        done = engine.activity(t_s)
+        rows.append((done[0] + done[1] + done[2], done[3], done[4]))
+    return rows
+
+
+def readings_at(
+    engines: Sequence[Engine], t_s: float
+) -> list[tuple[int, int, float, int, int, int]]:
+    """A row per engine in the order of `testbed.core.messages.InstanceReadings`."""
+    rows: list[tuple[int, int, float, int, int, int]] = []
+    for one in engines:
+        engine: Engine = one
+        rows.append(
+            (
+                engine.num_running,
+                engine.num_waiting,
+                engine.kv_used_blocks(t_s) / engine.kv_blocks,
+                engine.prompt_tokens_total,
+                engine.output_tokens_total(t_s),
+                engine.preemptions_total,
+            )
+        )
+    return rows

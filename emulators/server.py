@@ -21,7 +21,7 @@ import numpy as np
 
 from emulators.elastic import Elastic
 from emulators.engine import Engine, Event
-from emulators.farm import Farm
+from emulators.farm import Farm, readings_at, work_at
 from emulators.gpu import GpuBank
 from emulators.models import ModelCard, load_model, precision_of
 from emulators.opaque import opaque_activity
@@ -343,14 +343,7 @@ def tune_engine(
 
 def readings_of(engines: Sequence[Engine], t_s: float) -> InstanceReadings:
     """Queue, batch and KV use of engines, in columns."""
-    return InstanceReadings(
-        num_running=[engine.num_running for engine in engines],
-        num_waiting=[engine.num_waiting for engine in engines],
-        kv_used_frac=[engine.kv_used_blocks(t_s) / engine.kv_blocks for engine in engines],
-        prompt_tokens_total=[engine.prompt_tokens_total for engine in engines],
-        output_tokens_total=[engine.output_tokens_total(t_s) for engine in engines],
-        preemptions_total=[engine.preemptions_total for engine in engines],
-    )
+    return InstanceReadings.of(np.array(readings_at(engines, t_s), InstanceReadings.layout))
 
 
 def gaps_of(engines: Sequence[Engine]) -> list[tuple[int, int, int]]:
@@ -646,15 +639,8 @@ class ServerBank:
 
     def _work(self, t_s: float) -> Floats:
         """Busy seconds, FLOPs and bytes of every engine since its start, as (3, engine + 1)."""
-        engines = self._roster.engines
         self._asked = asked = sorted(self._roster.awake)
-        rows = []
-        for index in asked:
-            engine = engines[index]
-            if engine.next_event_s <= t_s:
-                engine.advance_to(t_s)
-            encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.activity(t_s)
-            rows.append((encode_s + prefill_s + decode_s, flops, hbm_bytes))
+        rows = work_at(self._roster.engines, asked, t_s)
         self._unread.update(asked)
         done = self._totals.copy()
         if asked:

@@ -32,6 +32,7 @@ import numpy as np
 import zmq
 
 from testbed import rig
+from testbed.core.clock import Lateness
 from testbed.core.errors import SpecError
 from testbed.core.messages import (
     PROTOCOL_VERSION,
@@ -54,16 +55,15 @@ from testbed.core.messages import (
     report,
 )
 from testbed.core.spec import RunSpec, parse_spec
-from testbed.core.transport.zmq import Curve, ZmqSpoke, generate_keys
+from testbed.core.transport.zmq import Curve, ZmqSpoke, generate_keys, new_context
 from testbed.recorder.reader import Recording
+from testbed.shells.live import realtime as at_realtime
 
 NODES_PER_ROW = 40
 GPUS_PER_NODE = 8
 _SILENT_EXIT_S = 8.0
 _LIFE_MAX_S = 300.0
 """No generator lives longer, whatever happens to its coordinator."""
-_SLICE_NODES = 50
-"""Reports sent before commands are looked at again."""
 _BEHIND_MAX_S = 0.5
 """A generator that is further behind leaves out ticks, and counts them."""
 _NODES_MAX = 100_000
@@ -82,6 +82,7 @@ class _Job(msgspec.Struct, frozen=True):
     relays: dict[str, str]
     """Endpoint of the relay for each row; empty without."""
     seed: int
+    realtime: bool = False
     secret: str = ""
     server: str = ""
 
@@ -96,6 +97,7 @@ def bench_intake(
     merged: bool = False,
     curve: bool = False,
     gpu_period_s: float = 0.0,
+    realtime: bool = False,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Run a live coordinator with emulated nodes and say what became of their messages.
@@ -110,6 +112,7 @@ def bench_intake(
             are on other machines.
         curve: encrypt and authenticate.
         gpu_period_s: thin the recording of GPUs to this period; 0 keeps every report.
+        realtime: coordinator and generators have real-time priority, where others use the machine.
         out: folder for the recording, kept; else it is removed.
 
     Returns:
@@ -118,7 +121,7 @@ def bench_intake(
     Raises:
         SpecError: the numbers make no sense.
     """
-    spec = _spec(nodes, seconds, gpu_period_s)
+    spec = _spec(nodes, seconds, gpu_period_s, realtime)
     if not 1 <= generators <= 64:
         raise SpecError(f"bench: generators = {generators} must be 1 to 64")
     if connections < 0 or connections > nodes:
@@ -157,6 +160,7 @@ def bench_intake(
             "relays": relays,
             "merged": merged,
             "curve": curve,
+            "realtime": realtime,
             "seconds": span_s,
             "reports_sent": expected,
             "reports_per_s": expected / span_s,
@@ -172,6 +176,8 @@ def bench_intake(
             "round_trip_p50_s": wire["round_trip_p50_s"],
             "round_trip_p99_s": wire["round_trip_p99_s"],
             "round_trip_max_s": wire["round_trip_max_s"],
+            "answer_p50_s": max(generator["answer_p50_s"] for generator in said),
+            "answer_p99_s": max(generator["answer_p99_s"] for generator in said),
             "coordinator_cores": wire["cpu_s"] / span_s,
             "coordinator_main_thread_cores": wire["cpu_main_thread_s"] / span_s,
             "generator_cores": sum(generator["cpu_s"] for generator in said) / span_s,
@@ -183,7 +189,7 @@ def bench_intake(
         }
 
 
-def _spec(nodes: int, seconds: float, gpu_period_s: float) -> RunSpec:
+def _spec(nodes: int, seconds: float, gpu_period_s: float, realtime: bool) -> RunSpec:
     per_row = min(nodes, NODES_PER_ROW)
     if not 1 <= nodes <= _NODES_MAX or nodes % per_row:
         raise SpecError(
@@ -214,6 +220,8 @@ use = "row_power_cap"
 precedence = "safety"
 [record]
 gpu_period_s = {gpu_period_s}
+[control]
+realtime = {str(realtime).lower()}
 """
     )
 
@@ -230,8 +238,9 @@ def bench_lateness(
     """Run emulated nodes that share one core, under load, and say how late they were.
 
     It is an ordinary emulated run; only its nodes are kept on one core, and the coordinator on the
-    others. Lateness is the nodes' own account: of every callback of their loops, iterations,
-    messages and samples alike.
+    others. Lateness is the nodes' own account: of every callback of their loops, and by kind (ends
+    of iterations, messages, physics and samples). A percentile over all nodes is that of the worst
+    node; medians are of the nodes' medians.
 
     Args:
         instances: serving instances on the core, of one GPU each.
@@ -290,6 +299,8 @@ max_prompt_tokens = 4096
             os.sched_setaffinity(0, before)
         rows = Recording.open(run).table("lateness").to_pylist()
         nodes = [row for row in rows if row["source"] != "coordinator"]
+        said = [json.loads(p.read_text()) for p in sorted(run.glob("nodes/*/lateness.json"))]
+        iterations = [one["iterations"] for one in said]
         span_s = max(row["t_s"] for row in rows)
         return {
             "instances": instances,
@@ -298,6 +309,14 @@ max_prompt_tokens = 4096
             "realtime": realtime,
             "events": sum(row["events"] for row in nodes),
             "events_per_s": sum(row["events"] for row in nodes) / span_s,
+            "iterations": sum(one["events_total"] for one in iterations),
+            "iterations_late_p50_s": float(np.median([one["late_p50_s"] for one in iterations])),
+            "iterations_late_p99_s": max(one["late_p99_s"] for one in iterations),
+            "iterations_late_max_s": max(one["late_max_s"] for one in iterations),
+            **{
+                f"{kind}_late_p99_s": max(one[kind]["late_p99_s"] for one in said)
+                for kind in ("physics", "messages", "samples")
+            },
             "late_p50_s": float(np.median([row["late_p50_s"] for row in nodes])),
             "late_p99_s": max(row["late_p99_s"] for row in nodes),
             "late_max_s": max(row["late_max_s"] for row in nodes),
@@ -377,6 +396,7 @@ def _start_generators(
             merged=merged,
             relays=relay_of,
             seed=number,
+            realtime=spec.control.realtime,
             secret=str(keys[2] / "generator.key_secret") if keys else "",
             server=str(keys[2] / "generator.key" if relay_of else keys[1]) if keys else "",
         )
@@ -456,6 +476,10 @@ class _Generator:
         self.start_ns = self.heard_ns = 0
         self.period_s = 0.0
         self.stopped = False
+        self.answers = Lateness(np.inf)
+        """How long leases may have waited for their answers here."""
+        self._free_ns = 0
+        """From when on what has arrived could have been seen; 0 for not yet known."""
         self.welcomed: set[str] = set()
         count = len(job.nodes)
         rng = np.random.default_rng([job.seed, 5])
@@ -483,7 +507,7 @@ class _Generator:
             name: self.spokes[job.relays.get(name.partition("/")[0], job.coordinator)]
             for name in job.nodes
         }
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context = new_context()
         self.context.set(zmq.MAX_SOCKETS, count + 100)
         self.telemetry = [] if job.merged else self._connect(curve)
         self.numbers = dict.fromkeys(job.nodes, 0)
@@ -522,12 +546,14 @@ class _Generator:
 
     def _take(self, outer: Envelope, due_s: float) -> None:
         self.heard_ns = time.monotonic_ns()
+        self._free_ns = self._free_ns or self.heard_ns
         if not isinstance(outer.body, Forwarded):
             return
         name, word = outer.body.to, decode(outer.body.message)
         body = word.body
         if isinstance(body, Lease):
             self._say(name, Ack(body.epoch, body.sequence, "", body.power_limit_w), word.t_s)
+            self.answers.add((time.monotonic_ns() - self._free_ns) * 1e-9)
         elif isinstance(body, Welcome):
             self.welcomed.add(name)
             self.start_ns, self.period_s = body.start_ns, body.config.sample_period_s
@@ -536,15 +562,19 @@ class _Generator:
             self._say(name, Bye(body.reason, 0.0, 0.0, 0.0, 0, 0), word.t_s)
 
     def _poll(self, timeout_s: float) -> None:
+        if timeout_s > 0:
+            self._free_ns = 0  # until something comes
         for spoke in self.spokes.values():
             spoke.poll(timeout_s / len(self.spokes))
+        self._free_ns = time.monotonic_ns()
 
     def run(self) -> None:
         """From hello to goodbye."""
         born_ns = self.heard_ns = time.monotonic_ns()
         self._join()
         used_s = time.process_time()
-        tick, nodes = 0, self.job.nodes
+        nodes = self.job.nodes
+        tick = 0
         instances = InstanceReadings([3], [0], [0.4], [10_000], [2_000], [0])
         templates = [_Template(name, self.incarnation, instances) for name in nodes]
         while not self.stopped:
@@ -552,7 +582,8 @@ class _Generator:
             silent_s, age_s = (now_ns - self.heard_ns) * 1e-9, (now_ns - born_ns) * 1e-9
             if silent_s > _SILENT_EXIT_S or age_s > _LIFE_MAX_S:
                 break
-            wait_s = tick * self.period_s - (now_ns - self.start_ns) * 1e-9
+            t_s = tick * self.period_s
+            wait_s = t_s - (now_ns - self.start_ns) * 1e-9
             if wait_s > 0:
                 self._poll(min(wait_s, 0.05))
                 continue
@@ -561,13 +592,9 @@ class _Generator:
                 self.skipped += 1
                 tick += 1
                 continue
-            t_s = tick * self.period_s
             self._advance()
-            if self.job.merged:
-                self._send_merged(t_s, self.readings.tobytes())
-            else:
-                self._send_each(templates, t_s, self.readings.tobytes())
             tick += 1
+            self._send(templates, t_s, tick)
         self._poll(0.2)
         print(
             json.dumps(
@@ -575,6 +602,8 @@ class _Generator:
                     "reports": self.reports,
                     "dropped": self.dropped,
                     "skipped": self.skipped,
+                    "answer_p50_s": self.answers.percentile_s(0.5),
+                    "answer_p99_s": self.answers.percentile_s(0.99),
                     "cpu_s": time.process_time() - used_s,
                     "cpu_all_s": time.process_time(),
                 }
@@ -611,40 +640,46 @@ class _Generator:
         readings["power_avg_w"] = self.draw_w
         readings["energy_j"] += draw_w * self.period_s
 
-    def _send_each(self, templates: list[_Template], t_s: float, packed: bytes) -> None:
-        """A report for every node."""
-        number = round(t_s / self.period_s) + 1
-        time_bytes = b"\xcb" + struct.pack(">d", t_s)
-        size = GPUS_PER_NODE * GpuReadings.layout.itemsize
-        view = memoryview(packed)
-        for first in range(0, len(templates), _SLICE_NODES):
-            for index in range(first, min(first + _SLICE_NODES, len(templates))):
-                place = index * size
-                data = templates[index].fill(number, time_bytes, view[place : place + size])
-                self.reports += 1
-                try:
-                    self.telemetry[index].send(data, zmq.NOBLOCK)
-                except zmq.Again:
-                    self.dropped += 1
-            self._poll(0.0)
+    def _send(self, templates: list[_Template], t_s: float, number: int) -> None:
+        """Every node's report of an instant."""
+        packed = memoryview(self.readings.tobytes())
+        for first in range(0, len(self.job.nodes), NODES_PER_ROW):
+            os.sched_yield()
+            self._poll(0.0)  # answers do not wait behind reports
             if self.stopped:
                 break
+            if self.job.merged:
+                self._send_merged(first, t_s, number, packed)
+            else:
+                self._send_each(templates, first, t_s, number, packed)
 
-    def _send_merged(self, t_s: float, packed: bytes) -> None:
-        """A report for every row, as a relay merges it."""
-        number = round(t_s / self.period_s) + 1
+    def _send_each(
+        self, templates: list[_Template], first: int, t_s: float, number: int, packed: memoryview
+    ) -> None:
+        """A report for each of some nodes."""
+        time_bytes = b"\xcb" + struct.pack(">d", t_s)
         size = GPUS_PER_NODE * GpuReadings.layout.itemsize
-        instances = InstanceReadings([3], [0], [0.4], [10_000], [2_000], [0])
+        for index in range(first, min(first + NODES_PER_ROW, len(templates))):
+            place = index * size
+            data = templates[index].fill(number, time_bytes, packed[place : place + size])
+            self.reports += 1
+            try:
+                self.telemetry[index].send(data, zmq.NOBLOCK)
+            except zmq.Again:
+                self.dropped += 1
+
+    def _send_merged(self, first: int, t_s: float, number: int, packed: memoryview) -> None:
+        """A report for a row, as a relay merges it."""
+        size = GPUS_PER_NODE * GpuReadings.layout.itemsize
+        served = InstanceReadings([3], [0], [0.4], [10_000], [2_000], [0]).pack()
+        words = []
+        for place, name in enumerate(self.job.nodes[first : first + NODES_PER_ROW], first):
+            gpus = bytes(packed[place * size : (place + 1) * size])
+            said = Report(gpus, served, b"", 1, 1, 0, 0.0)
+            words.append(Envelope(name, self.incarnation, number, t_s, said))
+        self.reports += len(words)
         spoke = next(iter(self.spokes.values()))
-        served = instances.pack()
-        for first in range(0, len(self.job.nodes), NODES_PER_ROW):
-            words = []
-            for place, name in enumerate(self.job.nodes[first : first + NODES_PER_ROW], first):
-                said = Report(packed[place * size : (place + 1) * size], served, b"", 1, 1, 0, 0.0)
-                words.append(Envelope(name, self.incarnation, number, t_s, said))
-            self.reports += len(words)
-            self.dropped += not spoke.send(merge(words), t_s)
-            self._poll(0.0)
+        self.dropped += not spoke.send(merge(words), t_s)
 
 
 def _key(path: Path) -> tuple[bytes, bytes | None]:
@@ -655,4 +690,10 @@ def _key(path: Path) -> tuple[bytes, bytes | None]:
 
 
 if __name__ == "__main__":
-    _Generator(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=_Job)).run()
+    the_job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=_Job)
+    with (
+        at_realtime(lambda text: print(text, file=sys.stderr))
+        if the_job.realtime
+        else contextlib.nullcontext()
+    ):
+        _Generator(the_job).run()

@@ -728,6 +728,7 @@ def bench_engine_command(
 @click.option("--merged", is_flag=True, help="Nodes arrive merged, as from relays elsewhere.")
 @click.option("--curve", is_flag=True, help="Encrypt and authenticate.")
 @click.option("--gpu-period-s", default=0.0, show_default=True, help="Thin the recording of GPUs.")
+@click.option("--realtime", is_flag=True, help="Real-time priority.")
 @_JSON
 def bench_intake_command(as_json: bool, **options: Any) -> None:
     """What a live coordinator takes in, recording on, and how fast commands come back."""

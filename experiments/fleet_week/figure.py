@@ -23,6 +23,11 @@ COLOURS = {"coding": "#4269d0", "conversation": "#ff725c", "capped": "#ff725c", 
 Line = tuple[str, Any, Any, str]
 
 
+def _figure(value: float) -> str:
+    """Three digits, never in powers of ten."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def lines_of(recording: Recording) -> list[tuple[str, list[Line]]]:
     """Title and lines (label, t_s, value, colour) of each panel."""
     totals = recording.columns("request_totals", "t_s", "slo_class", "requests_count")
@@ -89,8 +94,8 @@ def _panel(title: str, lines: list[Line], top: int, end_s: float) -> list[str]:
         f"<text x='{x0}' y='{top + 26}' font-weight='bold'>{title}</text>",
         f"<rect x='{x0}' y='{y0 - inner_h}' width='{inner_w}' height='{inner_h}' fill='none' "
         "stroke='#bbb'/>",
-        f"<text x='{x0 - 5}' y='{y0}' text-anchor='end'>{low:.3g}</text>",
-        f"<text x='{x0 - 5}' y='{y0 - inner_h + 9}' text-anchor='end'>{high:.3g}</text>",
+        f"<text x='{x0 - 5}' y='{y0}' text-anchor='end'>{_figure(low)}</text>",
+        f"<text x='{x0 - 5}' y='{y0 - inner_h + 9}' text-anchor='end'>{_figure(high)}</text>",
     ]
     for place, (label, t_s, value, colour) in enumerate(lines):
         x = x0 + np.asarray(t_s, float) / end_s * inner_w

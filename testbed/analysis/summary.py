@@ -6,6 +6,7 @@ NaN. Counting rules are with the functions that apply them.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -244,19 +245,16 @@ def _layout(recording: Recording, duration_s: float) -> dict[str, Any]:
 
 def _commands(recording: Recording, duration_s: float) -> dict[str, Any]:
     """Commands by outcome, one for each device that a limit was set on."""
-    table = recording.columns("commands", "kind", "target_index", "outcome")
-    outcome = table["outcome"]
-    counts: dict[str, Any] = {
-        name: int((outcome == name).sum())
-        for name in ("sent", "refused", "expired", "overruled", "unchanged")
-    }
+    outcomes = ("sent", "refused", "expired", "overruled", "unchanged")
+    counts: dict[str, Any] = dict.fromkeys(outcomes, 0)
+    sent: Counter[tuple[str, int]] = Counter()
+    for part in recording.batches("commands", ("kind", "target_index", "outcome")):
+        for name in outcomes:
+            counts[name] += int((part["outcome"] == name).sum())
+        was_sent = part["outcome"] == "sent"
+        sent.update(zip(part["kind"][was_sent], part["target_index"][was_sent], strict=True))
     minutes = duration_s / 60
-    target = [
-        f"{kind} {index}"
-        for kind, index, what in zip(table["kind"], table["target_index"], outcome, strict=True)
-        if what == "sent"
-    ]
-    busiest = int(np.unique(target, return_counts=True)[1].max()) if target else 0
+    busiest = max(sent.values(), default=0)
     counts["per_min"] = counts["sent"] / minutes if minutes else None
     counts["per_target_per_min_max"] = busiest / minutes if minutes else None
     return counts

@@ -90,6 +90,8 @@ from testbed.recorder.writer import Recorder
 
 _PHASES = 10
 """Into how many groups renewals of leases are spread."""
+_SLICE_NODES = 100
+"""Nodes that a tick sees to at a time; each may get a lease, which takes some 15 us."""
 TOTALS_PERIOD_S = 60.0
 """How often counts of all requests are written down, where not every request is."""
 _STATES = ("off", "starting", "up", "draining")
@@ -141,6 +143,8 @@ class Coordinator:
         beat_period_s: least time between two heartbeats; infinite where nodes cannot miss them.
         submit: sends a request to a node by a shorter way than the hub.
         monotonic_ns: this machine's clock, for nodes that set theirs by it.
+        breathe: called between pieces of long work; a live loop looks at its sockets then. Nothing
+            that arrives acts before the work is done.
     """
 
     def __init__(
@@ -159,6 +163,7 @@ class Coordinator:
         submit: Callable[[Node, Submit, float], object] | None = None,
         observed_s: Callable[[float], float] = lambda now_s: now_s,
         monotonic_ns: Callable[[], int] = lambda: 0,
+        breathe: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = spec
         self.layout = Layout(spec)
@@ -176,6 +181,7 @@ class Coordinator:
         self._submit = submit or (lambda node, body, now_s: hub.send(node.name, body, now_s))
         self._node_of: list[int] = self.layout.instances.node.tolist()
         self._monotonic_ns = monotonic_ns
+        self._breathe = breathe
         self._classes = {slo_class.name: slo_class for slo_class in spec.slo_class}
         self._every = spec.record.requests_every
         self._sums: dict[tuple[str, str], list[int]] = {}
@@ -738,7 +744,7 @@ class Coordinator:
             return
         self.view.now_s = now_s
         self._step += 1
-        self._records.view(self._step, self.view)
+        self._records.view(self._step, self.view, self._breathe)
         said: list[tuple[int, int, Command]] = []
         for index in due:
             controller = self._controllers[index]
@@ -747,6 +753,7 @@ class Coordinator:
             for ordinal, command in enumerate(commands):
                 self._hear(index, command)
                 said.append((index, ordinal, command))
+            self._breathe()
         if said:
             self._settle(said, now_s)
         for index in due:
@@ -896,7 +903,10 @@ class Coordinator:
             else:
                 moved = self._tune_queues(command, now_s)
                 self._record_command(now_s, policy, ordinal, command, moved)
-        for index in np.unique(gpus.node[changed]):
+            self._breathe()
+        for count, index in enumerate(np.unique(gpus.node[changed]), 1):
+            if count % _SLICE_NODES == 0:
+                self._breathe()
             node = self.layout.nodes[index]
             if node.live:
                 self._lease(node, now_s)
@@ -1060,11 +1070,18 @@ class Coordinator:
 
     def tick(self, now_s: float) -> None:
         """Renew leases, notice silence, and write down the draw of each row."""
+        self.renew(now_s)
+        self.account(now_s)
+
+    def renew(self, now_s: float) -> None:
+        """Renew leases, and notice silence."""
         control = self.spec.control
         beat = now_s - self._beat_s >= self._beat_period_s
         if beat:
             self._beat_s = now_s
-        for node in self.layout.nodes:
+        for count, node in enumerate(self.layout.nodes, 1):
+            if count % _SLICE_NODES == 0:
+                self._breathe()
             if node.live:
                 if now_s - node.last_s > control.node_timeout_s:
                     self._lose(node, now_s, f"silent for {now_s - node.last_s:.1f} s")
@@ -1073,6 +1090,9 @@ class Coordinator:
                     continue
             if beat and now_s - node.lease_sent_s >= 1.0:  # else a lease has said the same
                 self._hub.send(node.name, Heartbeat(), now_s)
+
+    def account(self, now_s: float) -> None:
+        """Move the building on, write down the draw of each row, and at times sum up requests."""
         if self._building is not None:
             self._move_building(self._building, now_s)
         self._record_rows(now_s)

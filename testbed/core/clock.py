@@ -121,6 +121,8 @@ class Lateness:
     ...     late.add(late_s)
     >>> 0.001 <= late.percentile_s(0.5) < 0.0011, late.missed_total, late.max_s
     (True, 1, 0.5)
+    >>> (late + late).events_total
+    200
     """
 
     _WIDTH = math.log(1.1)
@@ -143,6 +145,25 @@ class Lateness:
         place = 0 if late_s <= 1e-6 else 1 + int(math.log(late_s * 1e6) / self._WIDTH)
         self._counts[min(place, self._BINS - 1)] += 1
 
+    def __add__(self, other: Lateness) -> Lateness:
+        """Both together."""
+        both = Lateness(self.miss_s)
+        both.events_total = self.events_total + other.events_total
+        both.missed_total = self.missed_total + other.missed_total
+        both.max_s = max(self.max_s, other.max_s)
+        both._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
+        return both
+
+    def facts(self) -> dict[str, float]:
+        """What there is to say; times in seconds."""
+        return {
+            "late_p50_s": self.percentile_s(0.5),
+            "late_p99_s": self.percentile_s(0.99),
+            "late_max_s": self.max_s,
+            "events_total": self.events_total,
+            "missed_total": self.missed_total,
+        }
+
     def percentile_s(self, frac: float) -> float:
         """Lateness that a share ``frac`` of the events did not exceed; 0 without events."""
         if not self.events_total:
@@ -159,6 +180,7 @@ class LiveScheduler(_Heap):
     """
 
     _FINE_S = 0.0015
+    _DEAF_S = 0.002  # how long a loop that has much to do leaves its inputs alone
     _WAKE_S = 15e-6  # how much a short sleep overshoots with fine timers; the loop then spins
 
     def __init__(
@@ -166,8 +188,16 @@ class LiveScheduler(_Heap):
     ) -> None:
         super().__init__()
         self.start_ns = time.monotonic_ns() if start_ns is None else start_ns
-        self.lateness = Lateness(miss_s)
+        self.late_by_order = [Lateness(miss_s) for _ in range(HOUSEKEEPING)]
+        """Of what has a place in the run: physics, serving, deliveries, samples, decisions."""
         self._poll = poll
+        self._polled_s = -math.inf
+
+    @property
+    def lateness(self) -> Lateness:
+        """Of all of it together, up to now."""
+        first, *rest = self.late_by_order
+        return sum(rest, start=first)
 
     def wall_s(self) -> float:
         """Seconds since the run's start by the machine's clock."""
@@ -177,12 +207,21 @@ class LiveScheduler(_Heap):
         """Move zero to ``start_ns``, once a node has learned it. What is pending keeps its time."""
         self.start_ns = start_ns
         self.now_s = max(0.0, self.wall_s())
+        self._polled_s = -math.inf
+
+    def breathe(self) -> None:
+        """Look at the inputs in the middle of long work, unless that was just done.
+
+        What comes in is entered and acts later, as ever.
+        """
+        if self.wall_s() - self._polled_s > self._DEAF_S:
+            self._poll(0.0)
+            self._polled_s = self.wall_s()
 
     def run(self, until_s: float) -> None:
         """Run everything as it falls due until the clock shows ``until_s`` or `stop` is called."""
         self.stopped = False
         heap = self.heap
-        polled_s = -math.inf
         fine_timers()
         while not self.stopped:
             wall_s = self.wall_s()
@@ -190,13 +229,11 @@ class LiveScheduler(_Heap):
             if due_s <= min(wall_s, until_s):
                 # Arrivals first, now and then: a loop that is behind must not go deaf. Counted
                 # from the end of a poll: a long one must not keep waiting what is due.
-                if wall_s - polled_s > 0.002:
-                    self._poll(0.0)
-                    polled_s = self.wall_s()
+                self.breathe()
                 t_s, order, _, _, callback = heapq.heappop(heap)
                 self.now_s = max(self.now_s, t_s)
                 if order != HOUSEKEEPING:
-                    self.lateness.add(wall_s - t_s)
+                    self.late_by_order[order].add(wall_s - t_s)
                 callback(t_s)
             elif wall_s >= until_s:
                 self.now_s = max(self.now_s, until_s)
@@ -205,7 +242,7 @@ class LiveScheduler(_Heap):
                 wait_s = min(due_s, until_s) - wall_s
                 if wait_s > self._FINE_S:
                     self._poll(min(wait_s - 0.001, 0.05))
-                    polled_s = self.wall_s()
+                    self._polled_s = self.wall_s()
                 elif wait_s > self._WAKE_S:
                     time.sleep(wait_s - self._WAKE_S)
 

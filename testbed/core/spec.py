@@ -259,8 +259,9 @@ class ControlSpec(_Table, frozen=True):
     max_attempts: Count = 3
     """How often a request is routed before it is recorded as lost."""
     realtime: bool = False
-    """Nodes of an emulated run ask for real-time priority (SCHED_FIFO), so that others' load does
-    not make them late. Needs the privilege; without it the node says so and goes on."""
+    """The coordinator of a live run and the nodes of an emulated one ask for real-time priority
+    (SCHED_FIFO), so that others' load does not make them late. Needs the privilege; without it they
+    say so and go on."""
     hold_limit: Count = 10_000
     """Requests held at the front door before further ones are rejected."""
 

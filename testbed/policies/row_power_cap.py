@@ -39,14 +39,20 @@ class RowPowerCap:
         self.trip, self.release, self.hold_s = trip, release, hold_s
         self.stale_s, self.period_s = stale_s, period_s
         self._quiet_since_s: dict[int, float] = {}
+        self._said_w: dict[int, float] = {}
+        """The limit said last for each row: it stands, also where a stronger policy holds a lower
+        one, and is not said again."""
 
     def step(self, view: View) -> list[Command]:
         """Cap rows above their trip level, uncap rows that have long been quiet."""
         gpus, rows = view.gpus, view.rows
         draws_w = np.bincount(gpus.row, gpus.draw_w(view.now_s, self.stale_s), len(rows.name))
+        # GPUs of each row, found at once: looking for each anew is rows times GPUs.
+        ends = np.bincount(gpus.row, minlength=len(rows.name)).cumsum()
+        members_of = np.split(np.argsort(gpus.row, kind="stable"), ends[:-1])
         commands: list[Command] = []
         for row, (name, budget_w) in enumerate(zip(rows.name, rows.budget_w, strict=True)):
-            members = np.flatnonzero(gpus.row == row)
+            members = members_of[row]
             draw_w = draws_w[row]
             if draw_w >= self.release * budget_w:
                 self._quiet_since_s.pop(row, None)
@@ -61,6 +67,8 @@ class RowPowerCap:
                 why = f"{name} drew under {self.release:.0%} for {quiet_s:.0f} s"
             else:
                 continue
-            if (gpus.power_limit_w[members] != limit_w).any():
+            said = self._said_w.get(row) == limit_w
+            if not said and (gpus.power_limit_w[members] != limit_w).any():
+                self._said_w[row] = float(limit_w)
                 commands.append(SetPowerLimit(members, float(limit_w), why))
         return commands

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,7 @@ from testbed.core.clock import (
     LiveScheduler,
 )
 from testbed.core.errors import TransportError
-from testbed.core.messages import Ack, Envelope, Hello, Ping, Pong
+from testbed.core.messages import Ack, Envelope, Hello, Ping, Pong, Report
 from testbed.core.names import row_of
 from testbed.core.spec import RunSpec
 from testbed.core.transport.zmq import Curve, ZmqHub
@@ -55,7 +56,9 @@ def run_live(
     started = False
 
     def deliver(envelope: Envelope, due_s: float) -> None:
-        if isinstance(envelope.body, Ping):
+        if started and type(envelope.body) is Report:
+            desk.deliver(envelope, due_s)
+        elif isinstance(envelope.body, Ping):
             # Answered at once: the round trip is what the node measures.
             hub.send(envelope.source, Pong(envelope.body.sent_ns, time.monotonic_ns()), 0.0)
         elif started:
@@ -67,8 +70,12 @@ def run_live(
 
     loop = LiveScheduler(lambda timeout_s: hub.poll(timeout_s))
     wire = _Wire(loop)
-    hub = ZmqHub(bind, deliver, spec.transport.delay_s, now_s=loop.wall_s, curve=curve)
     with contextlib.ExitStack() as stack:
+        if spec.control.realtime:
+            stack.enter_context(
+                realtime(partial(parts.records.event, 0.0, "warning", "coordinator", "realtime"))
+            )
+        hub = ZmqHub(bind, deliver, spec.transport.delay_s, now_s=loop.wall_s, curve=curve)
         stack.callback(hub.close)
         names = spec.node_names()
         crew = Crew(
@@ -98,6 +105,7 @@ def run_live(
             boot_id=boot_id(),
             observed_s=lambda now_s: loop.wall_s(),
             monotonic_ns=time.monotonic_ns,
+            breathe=loop.breathe,
         )
         # What is slow the first time happens before the clock starts: files, imports, collection.
         parts.records.flush(now=True)
@@ -382,6 +390,27 @@ def rare_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
+
+
+_REALTIME_PRIORITY = 10
+"""Below what kernels use for themselves."""
+
+
+@contextlib.contextmanager
+def realtime(log: Callable[[str], None]) -> Iterator[None]:
+    """Real-time priority for this thread; what it starts does not inherit it."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+    try:
+        os.sched_setscheduler(0, policy, os.sched_param(_REALTIME_PRIORITY))
+    except OSError as error:
+        log(f"no real-time priority: {error.strerror}")
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import select
@@ -41,7 +42,7 @@ from testbed.core.spec import TenantsSpec
 from testbed.core.transport.zmq import Curve, ZmqSpoke
 from testbed.shells.executed import ExecutedServing
 from testbed.shells.forwarded import ForwardedServing
-from testbed.shells.live import rare_collections, signals_stop
+from testbed.shells.live import rare_collections, realtime, signals_stop
 from testbed.shells.plant import tenant_plan
 from testbed.shells.schedule import NodeSchedule
 
@@ -171,7 +172,7 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
         )
         shell = NodeSchedule(daemon, loop)
         if options.realtime:
-            _ask_for_realtime(log)
+            stack.enter_context(realtime(log))
         with signals_stop(loop.stop) as caught:
             _say_hello(daemon, spoke, sync, caught, options.orphan_exit_s)
             if daemon.welcome is not None:
@@ -189,18 +190,18 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
                 late.missed_total,
             ),
         )
+        _write_lateness(options.state_dir / "lateness.json", loop)
         time.sleep(0.05)  # the sockets drop what is unsent when they close
         log(f"left: {reason}")
         if daemon.failed:
             raise DeviceError(daemon.stopped)
 
 
-def _ask_for_realtime(log: Callable[[str], None]) -> None:
-    """Real-time priority for this thread, below what kernels use for themselves."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
-    except OSError as error:
-        log(f"no real-time priority: {error.strerror}")
+def _write_lateness(path: Path, loop: LiveScheduler) -> None:
+    """This node's account of how punctual it was, by what was due."""
+    kinds = ("physics", "iterations", "messages", "samples")
+    facts = {kind: late.facts() for kind, late in zip(kinds, loop.late_by_order, strict=False)}
+    path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def curve_of(
@@ -242,12 +243,20 @@ class _EmulatedGpus(NvmlGpus):
     """
 
     def __init__(self, servers: ServerBank) -> None:
-        super().__init__(EmulatedNvml(servers.bank.state))
+        self._state = servers.bank.state
+        super().__init__(EmulatedNvml(self._state))
         self._columns = servers.gpus[0]
 
     def read(self) -> GpuReadings:
         """All readings now."""
         return self._columns.read()
+
+    def power_limits_w(self) -> list[float]:
+        """Limits as asked for last; 0 of a lost GPU."""
+        limit_w = self._state.control["power_limit_mw"] / 1000
+        limit_w[self._state.measured["lost"] != 0] = 0.0
+        found: list[float] = limit_w.tolist()
+        return found
 
 
 def _open_plant(options: NodeOptions, loop: LiveScheduler, spoke: ZmqSpoke) -> _Plant:

@@ -167,7 +167,12 @@ class Desk:
 
     def _tick(self, now_s: float) -> None:
         coordinator, spec = self.coordinator, self._parts.spec
-        coordinator.tick(now_s)
+        if isinstance(self._loop, LiveScheduler):
+            # Between two samples, when the wire is quiet; what a policy changes leaves at once.
+            self._loop.call_at(now_s + self._period_s / 2, CONTROL, coordinator.renew)
+            coordinator.account(now_s)
+        else:
+            coordinator.tick(now_s)
         coordinator.control(now_s)
         wall = time.monotonic() - self._started
         if wall - self._flushed >= 0.5:

@@ -163,7 +163,10 @@ def test_a_relay_killed_under_way_is_started_again_and_no_request_is_lost(small_
 def test_a_lost_gpu_is_survived(small_spec, tmp_path, mode):
     spec = tmp_path / "fault.toml"
     spec.write_text(small_spec.read_text() + "\n[[fault]]\nat_s = 6.0\nnode = 1\ngpu = 0\n")
-    done = cli("run", spec, "--mode", mode, "--out", tmp_path / "runs", "--json", "--no-report")
+    done = cli(
+        "run", spec, "--mode", mode, "--out", tmp_path / "runs", "--json", "--no-report",
+        "--set", "workload.rate_rps=80",  # so that the GPU has work when it is lost
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     recording = Recording.open(run_folder(tmp_path / "runs"))
