@@ -46,6 +46,8 @@ from testbed.sweep import run_sweep
 
 _ERR = Console(stderr=True)
 _OUT = Console()
+_WIDE = 120
+"""Columns of text that a table with a column for everything takes."""
 
 
 class _Failure(click.ClickException):
@@ -678,7 +680,7 @@ def experiment_command(
     if as_json:
         _print_json(result)
         return
-    head, *lines = row_lines(result["rows"])
+    head, *lines = row_lines(result["rows"], narrow=_OUT.width < _WIDE)
     table = Table(*head, title=f"{found.name} ({result['mode']}, {len(result['seeds'])} seeds)")
     for line in lines:
         table.add_row(*map(escape, line))

@@ -405,8 +405,10 @@ def _provenance(options: Options, results: Results) -> dict[str, Any]:
 # What people read.
 
 
-def row_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows as text, under a head: metric, unit, baseline, ours, 95 % interval, paper, mark."""
+def row_lines(rows: list[dict[str, Any]], *, narrow: bool = False) -> list[list[str]]:
+    """Rows as text, under a head; narrow ones have unit and mark beside the numbers."""
+    if narrow:
+        return [["metric", "system", "base", "ours", "95 %", "paper"], *map(_narrow_line, rows)]
     head = ["metric", "system", "against", "unit", "baseline", "ours", "95 %", "paper", "mark"]
     return [head, *(_line(row) for row in rows)]
 
@@ -417,6 +419,12 @@ def _line(row: dict[str, Any]) -> list[str]:
     cells = [row["metric"], row["arm"], row["against"], row["unit"]]
     numbers = [shown(row[name]) for name in ("baseline", "ours")]
     return [*cells, *numbers, spread, shown(row["paper"]), row["mark"]]
+
+
+def _narrow_line(row: dict[str, Any]) -> list[str]:
+    metric, arm, _, unit, baseline, ours, spread, paper, mark = _line(row)
+    paper = paper if paper == "-" else f"{paper} {mark}"
+    return [metric, arm, baseline, f"{ours} {unit}".strip(), spread, paper]
 
 
 def shown(value: float | None) -> str:

@@ -11,9 +11,11 @@ A profile is known by its content: models, GPU, engine, lengths, limits and the 
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -60,7 +62,11 @@ class _Lengths:
 
 
 def profile_of(
-    spec: RunSpec, sweep: Sweep, *, report: Callable[[str], None] = lambda text: None
+    spec: RunSpec,
+    sweep: Sweep,
+    *,
+    report: Callable[[str], None] = lambda text: None,
+    workers: int = 1,
 ) -> ServingProfile:
     """The profile for the classes, engine and first model of a run, from the cache if it is there.
 
@@ -68,6 +74,7 @@ def profile_of(
         spec: the run.
         sweep: shapes and clocks.
         report: told when one has to be made, which takes some ten seconds.
+        workers: processes that make it.
     """
     digest = _digest(spec, sweep)
     place = cache_folder() / "profiles" / f"{digest}.npz"
@@ -75,7 +82,7 @@ def profile_of(
         return _read(place)
     except (OSError, ValueError, KeyError):
         report("profiling the emulated device: some ten seconds, once")
-    profile = make_profile(spec, sweep)
+    profile = make_profile(spec, sweep, workers)
     _write(place, profile)
     return profile
 
@@ -110,22 +117,27 @@ def _write(place: Path, profile: ServingProfile) -> None:
     draft.rename(place)
 
 
-def make_profile(spec: RunSpec, sweep: Sweep) -> ServingProfile:
-    """Sweep the emulated device."""
+def make_profile(spec: RunSpec, sweep: Sweep, workers: int = 1) -> ServingProfile:
+    """Sweep the emulated device: its classes one after another, or on processes."""
     gpu = load_gpu(spec.cluster.gpu)
     tps = tuple(tp for tp in sweep.tps if tp <= spec.cluster.gpus_per_node)
     clocks_mhz = np.unique(np.append(np.minimum(sweep.clocks_mhz, gpu.sm_clock_max_mhz),
                                      gpu.sm_clock_max_mhz))  # fmt: skip
     lengths = class_lengths(spec, sweep)
-    shape = (len(lengths), len(tps), len(clocks_mhz), len(LOADS))
-    power_w, ttft, tpot, running = (np.zeros(shape) for _ in range(4))
-    saturation_rps = np.zeros(shape[:2])
-    for index, some in enumerate(lengths.values()):
-        bench = _Bench(spec, gpu, some, seed=index)
-        for place, tp in enumerate(tps):
-            saturation_rps[index, place] = rps = bench.saturation_rps(tp)
-            at = index, place
-            power_w[at], ttft[at], tpot[at], running[at] = bench.sweep(tp, clocks_mhz, rps)
+    # The same requests under two names are one measurement.
+    first = {id(some): index for index, some in reversed(list(enumerate(lengths.values())))}
+    measure = partial(_sweep_class, spec, tps, clocks_mhz)
+    once = {index: some for index, some in enumerate(lengths.values()) if first[id(some)] == index}
+    if workers > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            found = dict(zip(once, pool.map(measure, once.values(), once), strict=True))
+    else:
+        found = {index: measure(some, index) for index, some in once.items()}
+    columns = [found[first[id(some)]] for some in lengths.values()]
+    saturation_rps, power_w, ttft, tpot, running = (
+        np.array(column) for column in zip(*columns, strict=True)
+    )
     return ServingProfile(
         classes=tuple(lengths),
         shares=np.array([some.share for some in lengths.values()]),
@@ -138,6 +150,19 @@ def make_profile(spec: RunSpec, sweep: Sweep) -> ServingProfile:
         tpot_ratio=tpot,
         running=running,
     )
+
+
+def _sweep_class(
+    spec: RunSpec, tps: tuple[int, ...], clocks_mhz: Floats, lengths: _Lengths, seed: int
+) -> tuple[list[float], Floats, Floats, Floats, Floats]:
+    """Saturation by shape; power, P99 ratios and requests in flight over ``[tp, clock, load]``."""
+    bench = _Bench(spec, load_gpu(spec.cluster.gpu), lengths, seed)
+    saturation_rps, swept = [], []
+    for tp in tps:
+        saturation_rps.append(bench.saturation_rps(tp))
+        swept.append(bench.sweep(tp, clocks_mhz, saturation_rps[-1]))
+    power_w, ttft, tpot, running = (np.array(column) for column in zip(*swept, strict=True))
+    return saturation_rps, power_w, ttft, tpot, running
 
 
 def class_lengths(spec: RunSpec, sweep: Sweep) -> dict[str, _Lengths]:
@@ -158,7 +183,10 @@ def class_lengths(spec: RunSpec, sweep: Sweep) -> dict[str, _Lengths]:
             found[name] = _cut(mixed, by_name[name])
     for name, members in sweep.mixes:
         chosen = [request for request in sample if request.slo_class in members]
-        found[name] = _lengths(sample, chosen, by_name) if chosen else found[members[-1]]
+        if len(chosen) == len(sample):
+            found[name] = mixed
+        else:
+            found[name] = _lengths(sample, chosen, by_name) if chosen else found[members[-1]]
     return {**found, ALL: mixed}
 
 

@@ -7,6 +7,7 @@ headroom and nodes. See README.md for the question, what was expected, and the a
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ SCENARIOS: dict[str, list[str]] = {
     "conversation week": [*_WEEK, 'workload.trace="conversation"', "workload.rate_rps=6"],
     "coding week": [*_WEEK, 'workload.trace="coding"', "workload.rate_rps=4"],
 }
+LADDER = "no ladder"
 VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     # Parameters and run-file fields that differ from DynamoLLM's.
     "free reconfiguration": ({}, ["reconfigure.scale=1e-6"]),
@@ -69,11 +71,24 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "20 % mispredicted": ({"predictor_error": 0.2}, []),
     "40 % mispredicted": ({"predictor_error": 0.4}, []),
     "60 % mispredicted": ({"predictor_error": 0.6}, []),
-    "no ladder": ({"ladder": False}, []),
+    LADDER: ({"ladder": False}, []),
     "no template": ({"template_rps": []}, []),
 }
 SPREAD = "DynamoLLM, least-loaded router"
-"""Spreads requests evenly: a little more energy, fewer misses."""
+"""Spreads requests evenly: a little more energy, fewer misses. Careful in another way."""
+CAREFUL: dict[str, dict[str, Any]] = {
+    SPREAD: {"saving": False},
+    "DynamoLLM, headroom 40 %": {"headroom_frac": 0.4},
+    "DynamoLLM, headroom 80 %": {"headroom_frac": 0.8},
+    "DynamoLLM, half the limits": {"ttft_slack": 0.5, "tpot_slack": 0.5},
+}
+"""DynamoLLM that misses fewer limits for more energy: what its parameters are changed to."""
+FACTORS = (0.6, 0.8)
+"""Provisioning over the predicted peak of a less careful SinglePool, beside 1."""
+EQUAL_FRAC = 0.001
+"""An attainment this little below another's counts as equal."""
+SIDE_SEEDS = 2
+"""Of everything but the six systems: each of these runs is one point of a band or front."""
 _LOOSE = [
     f"slo_class.{place}.ttft_s={2 * limit_s}"
     for place, limit_s in enumerate([0.25] * 3 + [0.4] * 3 + [2.0] * 3)
@@ -82,7 +97,10 @@ DECLARED: dict[str, Any] = {
     "scenarios": SCENARIOS,
     "switches": {name: list(on) for name, on in SYSTEMS.items()},
     "provisioning": "highest rate of the template x 1.1, rounded by the fragmentation rule",
-    "peak_factor (band)": [1.0, 1.25, 1.5],
+    "peak_factor (band)": [*FACTORS, 1.0, 1.25, 1.5],
+    "careful (front)": CAREFUL,
+    "equal attainment": f"at most {EQUAL_FRAC:.1%} lower",
+    "seeds of bands, pairs, fronts and variants": SIDE_SEEDS,
     "limits x (band)": [1.0, 2.0],
     "template": "busiest 15 s of every 5 min (hour), minute of every 30 min (week), another draw",
     "k of the week": WEEK_SCALE,
@@ -111,22 +129,38 @@ def cases(options: Options) -> list[Case]:
         seeds = options.seed_list(quick=2)
         return [_case(arm, "conversation hour", seed, more=part) for arm in SIX for seed in seeds]
     seeds = options.seed_list(full=5)
-    found: list[Case] = []
+    found = [_case(arm, scenario, s) for scenario in SCENARIOS for arm in SIX for s in seeds]
+    seeds = seeds[:SIDE_SEEDS]
     for scenario in SCENARIOS:
-        week = scenario.endswith("week")
-        arms = SIX if week else tuple(SYSTEMS)
-        found += [_case(arm, scenario, seed) for arm in arms for seed in seeds]
-        found += [_case("DynamoLLM", scenario, s, SPREAD, {"saving": False}) for s in seeds]
+        if scenario.endswith("hour"):
+            pairs = [arm for arm in SYSTEMS if arm not in SIX]
+            found += [_case(arm, scenario, s) for arm in pairs for s in seeds]
+        for seed in seeds:
+            for name, params in CAREFUL.items():
+                found.append(_case("DynamoLLM", scenario, seed, name, params))
+            for factor in FACTORS:
+                params = {"peak_factor": factor}
+                found.append(_case("SinglePool", scenario, seed, _provisioned(factor), params))
+    for seed in seeds:
+        # Its bursts are the overload that the ladder is for.
+        found.append(_case("DynamoLLM", "coding hour", seed, LADDER, {"ladder": False}))
     for name, (params, fields) in VARIANTS.items():
         for seed in seeds:
             found.append(_case("DynamoLLM", "conversation hour", seed, name, params, fields))
     for factor in (1.25, 1.5):  # of coding the cluster would be too small
-        params, name = {"peak_factor": factor}, f"SinglePool x {factor}"
-        found += [_case("SinglePool", "conversation hour", s, name, params) for s in seeds]
+        params = {"peak_factor": factor}
+        for seed in seeds:
+            found.append(
+                _case("SinglePool", "conversation hour", seed, _provisioned(factor), params)
+            )
     for arm in ("SinglePool", "DynamoLLM"):
         name = f"{arm}, limits x 2"
         found += [_case(arm, "conversation hour", s, name, more=_LOOSE) for s in seeds]
     return found
+
+
+def _provisioned(factor: float) -> str:
+    return f"SinglePool x {factor}"
 
 
 def _emulated(options: Options) -> list[Case]:
@@ -208,8 +242,9 @@ def _toml(value: Any) -> str:
 
 def prepare(found: list[Case]) -> None:
     """Make the profiles once, before workers ask for them."""
-    for fields in {tuple(case.overrides[:-1]) for case in found}:
-        profile_of(parse_spec(BASE, [*fields, "seed=1"]), DynamoLLM.sweep)
+    cores = len(os.sched_getaffinity(0))
+    for fields in {tuple(case.overrides[:-2]) for case in found}:
+        profile_of(parse_spec(BASE, list(fields)), DynamoLLM.sweep, workers=cores)
 
 
 # One run.
@@ -300,6 +335,8 @@ def _against_single_pool(results: Results, scenario: str) -> list[Row]:
                 paper=paper, mark=mark, note=_attained_note(results, arm, arms[0], scenario),
             )
         )  # fmt: skip
+    if SPREAD in results.arms(scenario):
+        found += _at_equal_attainment(results, scenario)
     ours = ("DynamoLLM", "SinglePool", scenario)
     week, conversation = scenario.endswith("week"), scenario.startswith("conversation")
     found += [
@@ -335,6 +372,35 @@ def _against_single_pool(results: Results, scenario: str) -> list[Row]:
     return found
 
 
+def _at_equal_attainment(results: Results, scenario: str) -> list[Row]:
+    """The cheapest careful DynamoLLM that attains as much; the smallest SinglePool that does."""
+
+    def attained(arm: str) -> float:
+        return results.mean("attained_frac", arm, scenario).mean
+
+    def row(ours: str, base: str, what: str, *, reached: bool) -> Row:
+        note = _attained_note(results, ours, base, scenario)
+        paper, mark = _PAPER_ENERGY[scenario]
+        return results.change_row(
+            "energy_kwh", ours, base, scenario, metric=f"energy {what}, {scenario}",
+            paper=paper if reached else None, mark=mark if reached else "ours",
+            note=note if reached else f"not reached: {note}",
+        )  # fmt: skip
+
+    fair = attained("SinglePool") - EQUAL_FRAC
+    careful = ["DynamoLLM", *CAREFUL]
+    enough = [arm for arm in careful if attained(arm) >= fair]
+    energy = {arm: results.mean("energy_kwh", arm, scenario).mean for arm in enough}
+    ours = min(enough, key=energy.__getitem__) if enough else max(careful, key=attained)
+    fair = attained("DynamoLLM") - EQUAL_FRAC
+    sparing = [*(_provisioned(factor) for factor in FACTORS), "SinglePool"]
+    base = next((arm for arm in sparing if attained(arm) >= fair), "SinglePool")
+    return [
+        row(ours, "SinglePool", "at SinglePool's attainment", reached=bool(enough)),
+        row("DynamoLLM", base, "at DynamoLLM's attainment", reached=True),
+    ]
+
+
 def _attained_note(results: Results, arm: str, against: str, scenario: str) -> str:
     ours, base = (results.mean("attained_frac", name, scenario).mean for name in (arm, against))
     return f"attainment {ours:.2%}, {against} {base:.2%}"
@@ -357,7 +423,12 @@ def _ordering(results: Results, scenario: str) -> Row:
 
 def _ablations(results: Results) -> list[Row]:
     scenario = "conversation hour"
-    found = []
+    found = [
+        results.mean_row("attained_frac", LADDER, "DynamoLLM", "coding hour", scale=100.0,
+                         unit="%", metric="SLO attainment, coding hour"),
+        results.change_row("ttft_s.p99", LADDER, "DynamoLLM", "coding hour",
+                           metric="P99 TTFT, coding hour"),
+    ]  # fmt: skip
     for name in VARIANTS:
         wrong = name == "40 % mispredicted"
         found.append(
@@ -372,7 +443,7 @@ def _ablations(results: Results) -> list[Row]:
                              metric=f"SLO attainment, {scenario}")
         )  # fmt: skip
     found += [
-        results.change_row("energy_kwh", "DynamoLLM", f"SinglePool x {factor}", scenario,
+        results.change_row("energy_kwh", "DynamoLLM", _provisioned(factor), scenario,
                            metric=f"band: energy, {scenario}", paper=-53.0, mark="paper")
         for factor in (1.25, 1.5)
     ]  # fmt: skip

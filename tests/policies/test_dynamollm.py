@@ -116,10 +116,16 @@ def test_load_moves_up_and_never_down():
         assert all(covers(name, other) for other in mix)
 
 
-def test_a_pool_that_can_do_less_with_a_mix_gets_more_nodes():
+def test_a_pool_keeps_its_remainder_where_mixing_would_take_more_nodes():
     load = {"ss": 0.9, "ll": 0.9}
     assert nodes_for(load) == {"ll": 2}
-    assert nodes_for(load, lambda pool, mix: 0.5 if "ss" in mix else 1.0) == {"ss": 1, "ll": 3}
+    assert nodes_for(load, lambda pool, mix: 0.4 if len(mix) > 1 else 1.0) == {"ss": 1, "ll": 1}
+
+
+def test_a_pool_that_can_do_less_with_a_mix_gets_more_nodes():
+    load = {"ss": 0.3, "ls": 0.4, "ll": 0.4}
+    assert nodes_for(load) == {"ll": 2}
+    assert sum(nodes_for(load, lambda pool, mix: 0.5 if len(mix) > 1 else 1.0).values()) == 3
 
 
 # Pool manager.
@@ -251,6 +257,28 @@ def test_a_request_goes_to_its_pool_and_from_a_full_one_to_a_larger():
     slot = made.route(Request(1, 5.0, 2000, 10), view)
     assert covers(POOLS[view.instances.pool[slot]], "ls")
     assert POOLS[view.instances.pool[slot]] != "ls"
+
+
+@pytest.mark.parametrize(("mixed_frac", "chosen"), [(1.0, "ls"), (0.3, "ll")])
+def test_a_pool_not_planned_for_a_class_takes_it_as_far_as_it_can_take_a_mix(mixed_frac, chosen):
+    made, _, commands = first_step(template_rps=[60.0], sharding=False, frequency=False)
+    view, _ = second_step(commands, made)
+    pools = made._pools
+    pools["ll"].serves, pools["ls"].serves = frozenset({"ms", "ll"}), frozenset({"ls"})
+    pools["ls"].mixed_frac = mixed_frac
+    running = view.instances.outstanding_requests
+    running[view.instances.pool == POOLS.index("ll")] = 22  # 20 are what its limits allow
+    running[view.instances.pool == POOLS.index("ls")] = 8
+    for pool in set(POOLS) - {"ls", "ll"}:
+        view.instances.up[view.instances.pool == POOLS.index(pool)] = False
+    slot = made.route(Request(0, 5.0, 500, 10), view)
+    assert POOLS[view.instances.pool[slot]] == chosen
+
+
+def test_a_mix_can_do_at_most_what_one_class_can():
+    capacity = Capacity(made_profile(), Slack())
+    for name in (*CLASSES, ALL):
+        assert 0 < capacity.mixed_frac(name, {name: 1.0}) <= 1.0
 
 
 def test_idle_instances_run_at_the_lowest_clock_and_busy_ones_at_the_highest():

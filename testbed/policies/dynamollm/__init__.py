@@ -66,6 +66,10 @@ class _Pool:
     nodes: list[int] = field(default_factory=list)
     shapes: Shapes | None = None
     planned: list[Kind] = field(default_factory=list)
+    serves: frozenset[str] = frozenset()
+    """Classes that it is planned for."""
+    mixed_frac: float = 1.0
+    """Share of what it can do as planned that it can do when others' requests come too."""
 
 
 @dataclass(slots=True)
@@ -217,6 +221,8 @@ class DynamoLLM:
         fallback, crowded = -1, math.inf
         for pool in (name, *(larger(name) if name != ALL else ())):
             best, least_w = -1, math.inf
+            # Where it is not planned for, it would wait behind requests that may wait longer.
+            part = 1.0 if name in self._pools[pool].serves else self._pools[pool].mixed_frac
             for entry in self._routes.get(pool, ()):
                 slot = entry.slot
                 if not up[slot]:
@@ -225,12 +231,12 @@ class DynamoLLM:
                 card = entry.card
                 sent = self._sent_load(slot, now_s) + weight
                 load = max(card.load[count], sent)
-                if self.saving and load <= entry.fill:
+                if self.saving and load <= entry.fill * part:
                     slope_w = entry.added_w[min(STEPS - 1, int(load * entry.steps_per_load))]
                     if slope_w < least_w:
                         best, least_w = slot, slope_w
                 elif best < 0:
-                    share = max(entry.top.load[count], sent) / max(entry.top.most, 1e-9)
+                    share = max(entry.top.load[count], sent) / max(entry.top.most * part, 1e-9)
                     if share < crowded:
                         fallback, crowded = slot, share
             if best >= 0:
@@ -360,6 +366,8 @@ class DynamoLLM:
         for name, mix in mixes.items():
             pool = self._pools[name]
             pool.shapes = self._capacity.of(name, mix)
+            pool.serves = frozenset(mix)
+            pool.mixed_frac = self._capacity.mixed_frac(name, mix)
             gpus = len(pool.nodes) * self._gpus_per_node
             load = math.ceil(sum(mix.values()) / _GRAIN) * _GRAIN
             key = (pool.shapes, gpus, load)

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from testbed.core.view import Floats
-from testbed.policies.dynamollm.classes import ALL, CLASSES, MIXES, mix_of
+from testbed.policies.dynamollm.classes import ALL, CLASSES, MIXES, covers, mix_of
 from testbed.policies.serving_profile import ServingProfile
 
 STEPS = 48
@@ -105,6 +105,13 @@ class Capacity:
     def most_of(self, pool: str, mix: Mapping[str, float]) -> float:
         """What a whole node of a pool with this mix can do, in nodes: 1 without foreign load."""
         return float(self.of(pool, mix).most[-1, -1])
+
+    def mixed_frac(self, pool: str, mix: Mapping[str, float]) -> float:
+        """Share of what a whole node can do with this mix that it can do with all it covers."""
+        if pool not in CLASSES[1:]:
+            return 1.0
+        others = {name: 1.0 for name in CLASSES if name != pool and covers(pool, name)}
+        return min(1.0, self.most_of(pool, others) / max(self.most_of(pool, mix), 1e-9))
 
     def _foreign(self, pool: str) -> float:
         """Share of the load that is foreign in the mix that was measured."""

@@ -2,7 +2,9 @@
 
 nodes = ceil(PL / ML), peak load predicted over the most that a node can do. Nine pools that each
 round up would waste up to nine nodes, so only the largest may be over-provisioned: the others get
-the whole nodes they fill, and what is left over moves up to the next larger class.
+the whole nodes they fill, and what is left over moves up to the next larger class. A node that
+serves several classes may do less than half of what one class's could, though, so that moving up
+can take more nodes than it saves: a pool keeps its remainder where that makes fewer in all.
 
 Loads are in nodes (`capacity`): a class's requests per second over those a node can serve.
 
@@ -37,14 +39,31 @@ def nodes_for(load: Mapping[str, float], most_of: MostOf = _whole) -> dict[str, 
     Args:
         load: predicted peak of each class; of `ALL` only in a system of one pool.
         most_of: what a node of a pool with a mix can do, in nodes.
+
+    >>> half_if_mixed = lambda pool, mix: 1.0 if len(mix) == 1 else 0.5
+    >>> nodes_for({"ls": 0.8, "ll": 0.4}, half_if_mixed)
+    {'ls': 1, 'll': 1}
     """
+    keeping: frozenset[str] = frozenset()
+    best = _nodes(load, most_of, keeping)
+    while True:
+        able = [name for name in CLASSES[:-1] if name in load and name not in keeping]
+        tried = [(_nodes(load, most_of, keeping | {name}), keeping | {name}) for name in able]
+        fewest = min(tried, key=lambda one: sum(one[0].values()), default=None)
+        if fewest is None or sum(fewest[0].values()) >= sum(best.values()):
+            return best
+        best, keeping = fewest
+
+
+def _nodes(load: Mapping[str, float], most_of: MostOf, keeping: frozenset[str]) -> dict[str, int]:
+    """By the rule, where the pools in ``keeping`` are rounded up too."""
     nodes: dict[str, int] = {}
 
     def room(name: str, have: Mix) -> float:
         most = max(most_of(name, have), _LEAST)
         need = sum(have.values()) / most
-        last = name in (CLASSES[-1], ALL)
-        nodes[name] = math.ceil(need - _NOTHING) if last else math.floor(need + _NOTHING)
+        up = name in (CLASSES[-1], ALL) or name in keeping
+        nodes[name] = math.ceil(need - _NOTHING) if up else math.floor(need + _NOTHING)
         return nodes[name] * most
 
     _flow(load, room)
