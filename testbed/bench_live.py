@@ -570,6 +570,14 @@ class _Generator:
 
     def run(self) -> None:
         """From hello to goodbye."""
+        try:
+            self._run()
+        finally:  # a context that is left to the collector waits for sockets that it has lost
+            for spoke in self.spokes.values():
+                spoke.close()
+            self.context.destroy(0)
+
+    def _run(self) -> None:
         born_ns = self.heard_ns = time.monotonic_ns()
         self._join()
         used_s = time.process_time()
@@ -610,9 +618,6 @@ class _Generator:
             )
         )
         time.sleep(0.2)
-        for spoke in self.spokes.values():
-            spoke.close()
-        self.context.destroy(0)
 
     def _join(self) -> None:
         """Say hello for every node until all are welcome."""
