@@ -80,7 +80,6 @@ CAREFUL: dict[str, dict[str, Any]] = {
     SPREAD: {"saving": False},
     "DynamoLLM, headroom 40 %": {"headroom_frac": 0.4},
     "DynamoLLM, headroom 80 %": {"headroom_frac": 0.8},
-    "DynamoLLM, half the limits": {"ttft_slack": 0.5, "tpot_slack": 0.5},
 }
 """DynamoLLM that misses fewer limits for more energy: what its parameters are changed to."""
 FACTORS = (0.6, 0.8)

@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
+from testbed.core.errors import PolicyError
 from testbed.core.view import Floats
 from testbed.policies.dynamollm.classes import ALL, CLASSES, MIXES, covers, mix_of
 from testbed.policies.serving_profile import ServingProfile
@@ -41,7 +42,7 @@ class Capacity:
     """Maximum loads of a profile's classes.
 
     Raises:
-        ValueError: a class cannot be served within its limits even by a whole node.
+        PolicyError: a class cannot be served within its limits even by a whole node.
     """
 
     def __init__(self, profile: ServingProfile, slack: Slack) -> None:
@@ -58,7 +59,9 @@ class Capacity:
         """ML of each class: requests per second of a whole node at the highest clock."""
         for name, share in zip(profile.classes, profile.shares, strict=True):
             if share > 0 and not self.node_rps[name]:
-                raise ValueError(f"class {name!r} cannot meet its limits on {profile.tps[-1]} GPUs")
+                raise PolicyError(
+                    f"dynamollm: class {name!r} cannot meet its limits on {profile.tps[-1]} GPUs"
+                )
         self._limits = limits
         self._shapes: dict[tuple[tuple[str, float], ...], Shapes] = {}
         self._node_of = dict(self.node_rps)
