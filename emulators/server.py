@@ -24,6 +24,7 @@ from emulators.engine import Engine, Event
 from emulators.farm import Farm, readings_at, work_at
 from emulators.gpu import GpuBank
 from emulators.models import ModelCard, load_model, precision_of
+from emulators.native import read_gpus
 from emulators.opaque import opaque_activity
 from emulators.profiles import GpuProfile
 from emulators.state import GpuState
@@ -410,8 +411,13 @@ def build_engine(
     )
 
 
-def gpu_columns(state: GpuState) -> dict[str, Any]:
-    """All readings of these GPUs, one array each by `GpuReadings`' names, rounded as NVML does."""
+def gpu_readings(state: GpuState) -> GpuReadings:
+    """All readings of these GPUs, rounded as NVML does."""
+    return read_gpus(state) or _gpu_readings(state)
+
+
+def _gpu_readings(state: GpuState) -> GpuReadings:
+    """`emulators.native.read_gpus` without machine code."""
     measured, control = state.measured, state.control
     columns: dict[str, Any] = {
         "power_instant_w": measured["power_instant_mw"] / 1000,
@@ -433,7 +439,7 @@ def gpu_columns(state: GpuState) -> dict[str, Any]:
         for name, column in columns.items():
             if name not in ("energy_j", "lost"):
                 column[lost] = 0
-    return columns
+    return GpuReadings(**columns)
 
 
 class NodeGpus:
@@ -462,7 +468,7 @@ class NodeGpus:
 
     def read(self) -> GpuReadings:
         """All readings now, rounded as NVML rounds them."""
-        return GpuReadings(**gpu_columns(self._state))
+        return gpu_readings(self._state)
 
     def power_limits_w(self) -> list[float]:
         """The limits asked for last."""
@@ -705,9 +711,9 @@ class ServerBank:
         for index in range(len(self._roster.engines)):
             farm.rearm(index)
 
-    def read_gpus(self) -> dict[str, Any]:
-        """Readings of all GPUs, see `gpu_columns`."""
-        return gpu_columns(self.bank.state)
+    def read_gpus(self) -> GpuReadings:
+        """Readings of all GPUs."""
+        return gpu_readings(self.bank.state)
 
     def read_instances(self, t_s: float) -> dict[str, Any]:
         """Readings of all engines by `InstanceReadings`' names, at the time of the last tick."""

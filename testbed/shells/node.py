@@ -42,7 +42,7 @@ from testbed.core.spec import TenantsSpec
 from testbed.core.transport.zmq import Curve, ZmqSpoke
 from testbed.shells.executed import ExecutedServing
 from testbed.shells.forwarded import ForwardedServing
-from testbed.shells.live import rare_collections, realtime, signals_stop
+from testbed.shells.live import GiveWay, rare_collections, realtime, signals_stop
 from testbed.shells.plant import tenant_plan
 from testbed.shells.schedule import NodeSchedule
 
@@ -171,12 +171,13 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
             log=log,
         )
         shell = NodeSchedule(daemon, loop)
+        give_way: GiveWay = contextlib.nullcontext
         if options.realtime:
-            stack.enter_context(realtime(log))
+            give_way = stack.enter_context(realtime(log))
         with signals_stop(loop.stop) as caught:
             _say_hello(daemon, spoke, sync, caught, options.orphan_exit_s)
             if daemon.welcome is not None:
-                _serve_node(options, daemon, shell, loop, plant, sync)
+                _serve_node(options, daemon, shell, loop, plant, sync, give_way)
         late = loop.lateness
         reason = daemon.stopped or ("told by a signal" if caught else "no coordinator")
         daemon.close(
@@ -373,6 +374,7 @@ def _serve_node(
     loop: LiveScheduler,
     plant: _Plant,
     sync: ClockSync,
+    give_way: GiveWay,
 ) -> None:
     """From welcome to stop, in real time."""
     assert daemon.welcome is not None
@@ -384,7 +386,8 @@ def _serve_node(
 
     def tick(now_s: float) -> None:
         nonlocal ticks
-        plant.tick(now_s)
+        with give_way():
+            plant.tick(now_s)
         loop.call_at(now_s, SAMPLE, sample)
         ticks += 1
         loop.call_at(ticks * period_s, PHYSICS, tick)
@@ -392,7 +395,8 @@ def _serve_node(
             loop.stop()
 
     def sample(now_s: float) -> None:
-        shell.sample(now_s, max(0.0, loop.wall_s() - now_s))
+        with give_way():
+            shell.sample(now_s, max(0.0, loop.wall_s() - now_s))
 
     loop.call_at(ticks * period_s, PHYSICS, tick)
     with rare_collections():
