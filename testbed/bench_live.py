@@ -234,6 +234,7 @@ def bench_lateness(
     seconds: float = 10.0,
     collapse: bool = True,
     realtime: bool = False,
+    per_process: int = 4,
 ) -> dict[str, Any]:
     """Run emulated nodes that share one core, under load, and say how late they were.
 
@@ -249,6 +250,7 @@ def bench_lateness(
         seconds: length of the run.
         collapse: nodes wake once for a run of alike iterations; otherwise for each.
         realtime: nodes have real-time priority.
+        per_process: how many nodes share a process.
 
     Raises:
         SpecError: the numbers make no sense.
@@ -271,6 +273,7 @@ mode = "emulated"
 duration_s = {seconds}
 [cluster]
 nodes_per_row = {instances // per_node}
+nodes_per_process = {per_process}
 gpus_per_node = {per_node}
 [[pool]]
 gpus_per_node = {per_node}
@@ -307,6 +310,7 @@ max_prompt_tokens = 4096
             "nodes": len(nodes),
             "collapse": collapse,
             "realtime": realtime,
+            "per_process": per_process,
             "events": sum(row["events"] for row in nodes),
             "events_per_s": sum(row["events"] for row in nodes) / span_s,
             "iterations": sum(one["events_total"] for one in iterations),
