@@ -245,3 +245,44 @@ EXPORT void bank_read(const char *measured_rows, const char *control_rows, int64
         put_u64(record, READINGS_throttle, u64(measured, MEASURED_throttle));
     }
 }
+
+/* What engines did since the last tick, as the work of their GPUs: ServerBank._activity
+ *
+ * done and before have a row each for busy seconds, operations and bytes, with an entry per engine
+ * and one more for GPUs without one; left and work have them per GPU.
+ */
+EXPORT void engines_load(const double *done, const double *before, int64_t engines,
+                         const int64_t *engine_of, int64_t gpus, const double *left, double dt_s,
+                         double flops_per_s, double bytes_per_s, double *work) {
+    double scale[3] = {dt_s, dt_s * flops_per_s, dt_s * bytes_per_s};
+    for (int64_t row = 0; row < 3; row++) {
+        for (int64_t k = 0; k < gpus; k++) {
+            int64_t engine = row * engines + engine_of[k];
+            double since = done[engine] - before[engine];
+            work[row * gpus + k] = (since + left[row * gpus + k]) / scale[row];
+        }
+    }
+    for (int64_t k = 0; k < gpus; k++) {
+        work[k] = least(work[k], 1.0);
+    }
+}
+
+/* The clock of each engine, that of its slowest GPU: ServerBank._paces. Returns how many have
+ * another than before, and which. */
+EXPORT int64_t engines_pace(const double *clock_frac, const int64_t *engine_of, int64_t gpus,
+                            double *pace, double *before, int64_t engines, int64_t *changed) {
+    int64_t count = 0;
+    for (int64_t engine = 0; engine < engines; engine++) {
+        pace[engine] = 1.0;
+    }
+    for (int64_t k = 0; k < gpus; k++) {
+        pace[engine_of[k]] = least(clock_frac[k], pace[engine_of[k]]);
+    }
+    for (int64_t engine = 0; engine + 1 < engines; engine++) { /* the last stands for none */
+        if (pace[engine] != before[engine]) {
+            before[engine] = pace[engine];
+            changed[count++] = engine;
+        }
+    }
+    return count;
+}

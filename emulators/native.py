@@ -26,7 +26,7 @@ from emulators.profiles import GpuProfile
 from emulators.state import CONTROL, MEASURED, GpuState
 from testbed.core.errors import DeviceError
 from testbed.core.messages import GpuReadings
-from testbed.core.view import Floats
+from testbed.core.view import Floats, Ints
 
 FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden")
 PROFILE = (
@@ -146,8 +146,14 @@ def bank_library() -> ctypes.CDLL | None:
     library.bank_draw.argtypes = [pointer, pointer, number, pointer, pointer, ctypes.c_double]
     library.bank_settle.argtypes = [pointer, pointer, number, pointer, pointer, pointer]
     library.bank_read.argtypes = [pointer, pointer, number, pointer]
-    for function in (library.bank_draw, library.bank_settle, library.bank_read):
-        function.restype = None
+    real = ctypes.c_double
+    library.engines_load.argtypes = [
+        pointer, pointer, number, pointer, number, pointer, real, real, real, pointer,
+    ]  # fmt: skip
+    library.engines_pace.argtypes = [pointer, pointer, number, pointer, pointer, number, pointer]
+    for name in ("bank_draw", "bank_settle", "bank_read", "engines_load"):
+        getattr(library, name).restype = None
+    library.engines_pace.restype = number
     return library
 
 
@@ -180,8 +186,8 @@ class BankKernel:
         self._columns = np.zeros(len(COLUMNS), np.uintp)
         self._bound: dict[str, Floats] = {}
         self._state = state  # whose memory the pointers below are in
-        self._pointers = (self._profile.ctypes.data, self._columns.ctypes.data)
-        self._measured, self._control = state.measured.ctypes.data, state.control.ctypes.data
+        self._pointers = self._profile.ctypes.data, self._columns.ctypes.data
+        self._measured, self._control = state.addresses
 
     @classmethod
     def for_bank(cls, count: int, profile: GpuProfile, state: GpuState) -> BankKernel | None:
@@ -229,13 +235,70 @@ class BankKernel:
         self._settle(*self._pointers, self._count, self._measured, self._control, step)
 
 
+class EngineKernel:
+    """``bank.c`` on the engines of one bank: what they did, and at which clock they go on.
+
+    Args:
+        library: see `bank_library`.
+        profile: of the GPUs.
+        engine_of: engine of each GPU, one past the last where there is none.
+        num_engines: how many there are.
+        clock_frac: of the GPUs, see `emulators.gpu.GpuBank`.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        profile: GpuProfile,
+        engine_of: Ints,
+        num_engines: int,
+        clock_frac: Floats,
+    ) -> None:
+        self._load, self._pace = library.engines_load, library.engines_pace
+        self._rates = profile.peak_flops, profile.hbm_bytes_per_s
+        self.work = np.zeros((3, len(engine_of)))
+        """Busy share, operations and bytes over those at peak, per GPU; see `load`."""
+        self._changed = np.zeros(num_engines + 1, np.int64)
+        self._paces = np.zeros(num_engines + 1)
+        self._size, self._gpus = num_engines + 1, len(engine_of)
+        self._kept = (engine_of, clock_frac)  # whose memory the pointers are to
+        self._engine_of, self._clock_frac = engine_of.ctypes.data, clock_frac.ctypes.data
+        self._out = self.work.ctypes.data, self._paces.ctypes.data, self._changed.ctypes.data
+
+    def load(self, done: Floats, before: Floats, left: Floats, dt_s: float) -> None:
+        """Set `work` to what was done between two ticks.
+
+        Args:
+            done: busy seconds, operations and bytes since the start, as (3, engines + 1).
+            before: the same at the last tick.
+            left: what engines that are gone did since then, as (3, GPUs).
+            dt_s: time between the ticks.
+        """
+        self._load(
+            done.ctypes.data, before.ctypes.data, self._size, self._engine_of, self._gpus,
+            left.ctypes.data, dt_s, *self._rates, self._out[0],
+        )  # fmt: skip
+
+    def pace(self, before: Floats) -> list[int]:
+        """Bring the clocks of all engines, one past the last included, up to date in place.
+
+        Returns:
+            The engines whose clock is another now.
+        """
+        _, paces, changed = self._out
+        count = self._pace(
+            self._clock_frac, self._engine_of, self._gpus, paces, before.ctypes.data, self._size,
+            changed,
+        )  # fmt: skip
+        which: list[int] = self._changed[:count].tolist()
+        return which
+
+
 def read_gpus(state: GpuState) -> GpuReadings | None:
     """All readings of these GPUs, where ``bank.c`` can be had."""
     library = bank_library()
     if library is None:
         return None
     records = np.empty(len(state.measured), GpuReadings.layout)
-    library.bank_read(
-        state.measured.ctypes.data, state.control.ctypes.data, len(records), records.ctypes.data
-    )
+    library.bank_read(*state.addresses, len(records), records.ctypes.data)
     return GpuReadings.of(records)

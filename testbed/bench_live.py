@@ -261,6 +261,10 @@ def bench_lateness(
         raise SpecError(
             f"bench: instances = {instances} must be a multiple of per_node = {per_node} up to 1000"
         )
+    if not 1 <= per_process <= instances // per_node or instances // per_node % per_process:
+        raise SpecError(
+            f"bench: per_process = {per_process} must divide the {instances // per_node} nodes"
+        )
     if not 0.0 < rate_rps <= 100.0 or not 1.0 <= seconds <= _LIFE_MAX_S:
         raise SpecError(
             f"bench: rate_rps = {rate_rps:g} must be in (0, 100], seconds = {seconds:g} from 1 to "
@@ -302,12 +306,15 @@ max_prompt_tokens = 4096
             os.sched_setaffinity(0, before)
         rows = Recording.open(run).table("lateness").to_pylist()
         nodes = [row for row in rows if row["source"] != "coordinator"]
+        # Nodes of one process have one loop, and give the same account.
+        nodes = nodes[::per_process]
         said = [json.loads(p.read_text()) for p in sorted(run.glob("nodes/*/lateness.json"))]
+        said = said[::per_process]
         iterations = [one["iterations"] for one in said]
         span_s = max(row["t_s"] for row in rows)
         return {
             "instances": instances,
-            "nodes": len(nodes),
+            "nodes": instances // per_node,
             "collapse": collapse,
             "realtime": realtime,
             "per_process": per_process,

@@ -411,36 +411,19 @@ _REALTIME_PRIORITY = 10
 """Below what kernels use for themselves."""
 
 
-GiveWay = Callable[[], contextlib.AbstractContextManager[object]]
-"""Gives a context for what may wait: others with real-time priority on this core go first."""
-
-
 @contextlib.contextmanager
-def realtime(log: Callable[[str], None]) -> Iterator[GiveWay]:
-    """Real-time priority for this thread; what it starts does not inherit it.
-
-    Nodes on one core tick at the same instants. One that computes its physics or packs its sample
-    does so a step lower, so that the ends of other nodes' iterations do not wait for it.
-    """
+def realtime(log: Callable[[str], None]) -> Iterator[None]:
+    """Real-time priority for this thread; what it starts does not inherit it."""
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
     try:
         os.sched_setscheduler(0, policy, os.sched_param(_REALTIME_PRIORITY))
     except OSError as error:
         log(f"no real-time priority: {error.strerror}")
-        yield contextlib.nullcontext
+        yield
         return
-
-    @contextlib.contextmanager
-    def give_way() -> Iterator[None]:
-        os.sched_setparam(0, os.sched_param(_REALTIME_PRIORITY - 1))
-        try:
-            yield
-        finally:
-            os.sched_setparam(0, os.sched_param(_REALTIME_PRIORITY))
-
     try:
-        yield give_way
+        yield
     finally:
         os.sched_setscheduler(0, *before)
 

@@ -36,6 +36,7 @@ from emulators.profiles import load_gpu
 from emulators.server import ServerBank
 from emulators.state import GpuState
 from testbed.core.clock import (
+    HOUSEKEEPING,
     PHYSICS,
     SAMPLE,
     ClockSync,
@@ -49,7 +50,7 @@ from testbed.core.transport.shared import Seat, SharedSpoke
 from testbed.core.transport.zmq import Curve, ZmqSpoke
 from testbed.shells.executed import ExecutedServing
 from testbed.shells.forwarded import ForwardedServing
-from testbed.shells.live import GiveWay, rare_collections, realtime, signals_stop
+from testbed.shells.live import rare_collections, realtime, signals_stop
 from testbed.shells.plant import tenant_plan
 from testbed.shells.schedule import NodeSchedule
 
@@ -89,6 +90,10 @@ class NodeOptions:
     curve_server: Path | None = None
     orphan_exit_s: float = math.inf
     """Leave when the coordinator has been silent for this long; by default stay, at safe caps."""
+
+
+_EARLY_S = 0.003
+"""How long before its time a tick of emulated physics may be computed, where the loop is idle."""
 
 
 def parse_gpus(text: str) -> tuple[int, str]:
@@ -157,17 +162,17 @@ def host(nodes: Sequence[NodeOptions], log: Callable[[str], None]) -> None:
             link = SharedSpoke(
                 options.coordinator, f"{parent(options.name)}/host{options.place}", life,
                 options.delay_s, now_s=loop.wall_s, curve=curve,
+                soon=lambda act: loop.call_at(loop.wall_s(), SAMPLE, lambda now_s: act()),
             )  # fmt: skip
             stack.callback(link.close)
             for seat in seats:
                 seat.open(link.seat(seat.options.name, seat.deliver), stack)
-        give_way: GiveWay = contextlib.nullcontext
         if options.realtime:
-            give_way = stack.enter_context(realtime(log))
+            stack.enter_context(realtime(log))
         with signals_stop(loop.stop) as caught:
             _say_hello(seats, sync, caught, options.orphan_exit_s)
             if all(seat.daemon.welcome is not None for seat in seats):
-                _serve(seats, loop, sync, link, give_way, options.orphan_exit_s)
+                _serve(seats, loop, sync, options.orphan_exit_s)
         for seat in seats:
             seat.leave("told by a signal" if caught else "no coordinator")
         time.sleep(0.05)  # the sockets drop what is unsent when they close
@@ -197,6 +202,8 @@ class _Seat:
         self.reason = ""
         """Why it left."""
         self._loop = loop
+        # Real sensors are read when it is time, emulated ones may be read a little before.
+        self._lane = loop.lane(min(_EARLY_S, options.delay_s / 2) if options.emulate else 0.0)
         self._sync = sync
         self.daemon: NodeDaemon
         self.plant: _Plant
@@ -232,7 +239,7 @@ class _Seat:
             surround=plant.surround,
             log=log,
         )
-        self._shell = NodeSchedule(self.daemon, self._loop)
+        self._shell = NodeSchedule(self.daemon, self._lane)
         self._is_open = True
 
     def deliver(self, envelope: Envelope, due_s: float) -> None:
@@ -251,9 +258,21 @@ class _Seat:
             self.daemon.serve(self._loop.wall_s())
             self._shell.rearm()
 
-    def sample(self, now_s: float) -> None:
-        """One sample, after the physics of the same instant."""
-        self._shell.sample(now_s, max(0.0, self._loop.wall_s() - now_s))
+    def begin(self, ticks: int, period_s: float) -> None:
+        """Tick and sample every ``period_s`` from the tick numbered ``ticks`` on."""
+        loop, lane, shell, plant = self._loop, self._lane, self._shell, self.plant
+
+        def tick(now_s: float) -> None:
+            nonlocal ticks
+            plant.tick(now_s)
+            lane.call_at(now_s, SAMPLE, sample)
+            ticks += 1
+            lane.call_at(ticks * period_s, PHYSICS, tick)
+
+        def sample(now_s: float) -> None:
+            shell.sample(now_s, max(0.0, loop.wall_s() - now_s))
+
+        lane.call_at(ticks * period_s, PHYSICS, tick)
 
     def leave(self, otherwise: str) -> None:
         """Say goodbye, giving the reason if there is none yet."""
@@ -447,12 +466,7 @@ def _say_hello(
 
 
 def _serve(
-    seats: Sequence[_Seat],
-    loop: LiveScheduler,
-    sync: ClockSync,
-    link: ZmqSpoke | SharedSpoke,
-    give_way: GiveWay,
-    orphan_exit_s: float,
+    seats: Sequence[_Seat], loop: LiveScheduler, sync: ClockSync, orphan_exit_s: float
 ) -> None:
     """From welcome to stop, in real time."""
     welcome, config = seats[0].daemon.welcome, seats[0].daemon.config
@@ -461,29 +475,17 @@ def _serve(
     same_clock = welcome.boot_id == boot_id()
     loop.restart(welcome.start_ns - (0 if same_clock else sync.offset_ns))
     period_s = config.sample_period_s
-    ticks = max(0, math.ceil(loop.now_s / period_s))
+    first = max(0, math.ceil(loop.now_s / period_s))
 
-    def tick(now_s: float) -> None:
-        nonlocal ticks
-        with give_way():
-            for seat in seats:
-                seat.plant.tick(now_s)
-        loop.call_at(now_s, SAMPLE, sample)
-        ticks += 1
-        loop.call_at(ticks * period_s, PHYSICS, tick)
+    def watch(now_s: float) -> None:
         silent_s = loop.wall_s() - max(seat.daemon.heard_s for seat in seats)
-        stopped = [bool(seat.daemon.stopped) for seat in seats]
         failed = any(seat.daemon.failed for seat in seats)
-        if failed or all(stopped) or silent_s > orphan_exit_s:
+        if failed or all(seat.daemon.stopped for seat in seats) or silent_s > orphan_exit_s:
             loop.stop()
+        loop.call_at(now_s + period_s, HOUSEKEEPING, watch)
 
-    def sample(now_s: float) -> None:
-        with give_way():
-            for seat in seats:
-                seat.sample(now_s)
-            if isinstance(link, SharedSpoke):
-                link.flush()
-
-    loop.call_at(ticks * period_s, PHYSICS, tick)
+    for seat in seats:
+        seat.begin(first, period_s)
+    loop.call_at(first * period_s, HOUSEKEEPING, watch)
     with rare_collections():
         loop.run(until_s=math.inf)

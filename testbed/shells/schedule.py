@@ -23,6 +23,7 @@ from testbed.core.clock import (
     DELIVERY,
     SERVING,
     LiveScheduler,
+    Scheduler,
     VirtualScheduler,
 )
 from testbed.core.messages import Envelope, Report, merge
@@ -70,7 +71,7 @@ class Parts:
 class NodeSchedule:
     """A node daemon with its schedule: who is called when, on any scheduler."""
 
-    def __init__(self, daemon: NodeDaemon, loop: VirtualScheduler | LiveScheduler) -> None:
+    def __init__(self, daemon: NodeDaemon, loop: Scheduler) -> None:
         self.daemon = daemon
         self._loop = loop
         self._wake_s = math.inf

@@ -28,7 +28,7 @@ from testbed.core.transport.zmq import Curve, ZmqSpoke, hand_over
 class Seat:
     """One node's end of the shared connection; see `testbed.core.transport.base.Spoke`.
 
-    Its reports wait for `SharedSpoke.flush`; everything else leaves at once.
+    Its reports wait for those of the others; everything else leaves at once.
     """
 
     def __init__(self, owner: SharedSpoke, name: str, incarnation: int, deliver: Deliver) -> None:
@@ -91,6 +91,8 @@ class SharedSpoke:
         delay_s: from sent to due.
         now_s: the run's clock, to count what came after it was due.
         curve: keys; without them only loopback addresses are connected to.
+        soon: called with what sends the reports of a moment once they are all there; by default
+            they leave at once.
 
     Raises:
         TransportError: the address, the name or the keys are wrong.
@@ -105,8 +107,10 @@ class SharedSpoke:
         *,
         now_s: Callable[[], float],
         curve: Curve | None = None,
+        soon: Callable[[Callable[[], None]], None] = lambda act: act(),
     ) -> None:
         self.delay_s, self.now_s = delay_s, now_s
+        self._soon = soon
         self._seats: dict[str, Seat] = {}
         self._words: list[Envelope] = []
         self.spoke = ZmqSpoke(
@@ -119,11 +123,14 @@ class SharedSpoke:
         return made
 
     def gather(self, word: Envelope) -> None:
-        """A report that is to leave with others of its moment."""
+        """A report that leaves with those of the other nodes at its moment."""
+        if self._words and self._words[0].t_s != word.t_s:
+            self._flush()
         self._words.append(word)
+        if len(self._words) == len(self._seats):
+            self._soon(self._flush)
 
-    def flush(self) -> None:
-        """Send the reports that are there: all of one moment."""
+    def _flush(self) -> None:
         words, self._words = self._words, []
         if words:
             self.spoke.send(merge(words), words[0].t_s)
