@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from testbed.analysis.figures import COLOURS, GREY, RED, Figure
+from testbed.analysis.drawing import COLOURS, GREY, RED, Figure
 from testbed.analysis.statistics import Estimate
 from testbed.experiment import Results
 
