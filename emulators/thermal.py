@@ -39,6 +39,8 @@ class Thermal:
         offset_c: how much warmer each runs than the profile's mean one.
     """
 
+    WIRED = ("_profile", "_offset_c")
+
     def __init__(
         self, profile: GpuProfile, count: int, *, inlet_c: Floats, offset_c: Floats
     ) -> None:
@@ -65,14 +67,6 @@ class Thermal:
         self._slow_c = target_c + (self._slow_c - target_c) * slow
         self.temp_c = inlet_c + self._offset_c + self._fast_c + self._slow_c
         return self.temp_c
-
-    def save(self) -> tuple[Floats, Floats, Floats]:
-        """The state; `restore` takes it back."""
-        return self._fast_c, self._slow_c, self.temp_c
-
-    def restore(self, kept: tuple[Floats, Floats, Floats]) -> None:
-        """Be what `save` saw."""
-        self._fast_c, self._slow_c, self.temp_c = kept
 
     def _effective_w(self, power_w: Floats) -> Floats:
         profile = self._profile

@@ -26,6 +26,8 @@ PRECEDENCE = ("safety", "slo", "efficiency")
 class Claims:
     """Upper bounds that policies ask for, one column per GPU (or instance)."""
 
+    WIRED = ("names", "_rank")
+
     def __init__(self, names: list[str], precedence: list[str], count: int) -> None:
         self.names = names
         self._rank = np.array([PRECEDENCE.index(p) for p in precedence], dtype=np.int64)

@@ -34,6 +34,8 @@ class RequestPath:
     engine, news on their way back) and the heap of the engines, beside the scheduler's own.
     """
 
+    WIRED = ("coordinator", "_loop", "_servers", "_delay_s", "_requests", "_next")
+
     def __init__(
         self,
         loop: VirtualScheduler,
@@ -121,6 +123,11 @@ class BankReports:
     A node whose limits are where they should be costs a look; only those that move, or whose
     limits somebody else has touched, take the steps that a daemon takes.
     """
+
+    WIRED = (
+        "coordinator", "_loop", "_servers", "_daemons", "_guards", "_delay_s", "_tell", "_limits",
+        "_node_of",
+    )  # fmt: skip
 
     def __init__(
         self,
