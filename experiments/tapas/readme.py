@@ -1,7 +1,7 @@
-"""The README's tables and its figure from a full run: ``python -m experiments.tapas.readme RUN``.
+"""The README's tables and its figure from a run: ``python -m experiments.tapas.readme RUN``.
 
 Everything between marks in the README comes from the run, so that no number of the answer is typed;
-``figure.svg`` beside it is drawn anew.
+``figure.svg`` beside it is drawn anew. A run over ZeroMQ fills in its own part.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def spread(estimate: Estimate) -> str:
     >>> spread(mean_of([-1.0, -2.0, -3.0])), spread(mean_of([5.0, 5.0]))
     ('-2 ± 2.5', '5')
     """
-    half = (estimate.high - estimate.low) / 2.0
-    return f"{shown(estimate.mean)} ± {half:.2g}" if half > 1e-9 else shown(estimate.mean)
+    half, mean = (estimate.high - estimate.low) / 2.0, round(estimate.mean, 3) + 0.0
+    return f"{shown(mean)} ± {half:.2g}" if half > 5e-4 else shown(mean)
 
 
 def _cell(row: Row | None) -> str:
@@ -167,24 +167,37 @@ def _named(arm: str) -> str:
     return words.get(arm, arm.replace("+", ", "))
 
 
+def live(results: Results) -> str:
+    """The small run over ZeroMQ."""
+    rows: list[Row] = _tapas.rows(results)
+    lines = [
+        [f"{row.metric}, {row.unit}", shown(row.baseline), _cell(row), _paper(row)] for row in rows
+    ]
+    return table(["", "baseline", "TAPAS (95 %)", "paper"], lines)
+
+
 def parts(results: Results) -> dict[str, str]:
     """What stands between which marks."""
     seeds = len({run.case.seed for run in results.runs})
-    made = {"run": f"{len(results.runs)} runs, {seeds} seeds; means, ± half of the 95 % interval."}
+    made = f"{len(results.runs)} runs, seeds 1 to {seeds}; means, ± half of the 95 % interval."
+    if results.options.mode == "emulated":
+        return {"live run": made, "live": live(results)}
     makers = (answer, rungs, failures, safety, bands)
-    return made | {make.__name__: make(results) for make in makers}
+    return {"run": made} | {make.__name__: make(results) for make in makers}
 
 
 def write(folder: Path, readme: Path = HERE / "README.md") -> None:
     """Bring the README and its figure up to a run.
 
     Raises:
-        TestbedError: it is no run of this experiment in virtual time, or a mark is missing.
+        TestbedError: it is no run of this experiment, or a mark is missing.
     """
     results = read_results(folder)
-    if results.options.mode != "virtual" or not results.of(_tapas.TAPAS, "day"):
-        raise SpecError(f"{folder}: not a run of this experiment in virtual time")
+    if not (results.of(_tapas.TAPAS, "day") or results.of("tapas", "live")):
+        raise SpecError(f"{folder}: not a run of this experiment")
     readme.write_text(fill(readme.read_text(encoding="utf-8"), parts(results)), encoding="utf-8")
+    if results.options.mode == "emulated":
+        return
     drawn = {figure.name: figure for figure in _figure.figures(results)}
     picture = svg_of([drawn[name] for name in FIGURES if name in drawn])
     readme.with_name("figure.svg").write_text(picture, encoding="utf-8")

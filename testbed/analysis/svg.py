@@ -113,20 +113,20 @@ def _lines(figure: Figure, left: int, top: int, width: int) -> list[str]:
     size = (width - _LEFT - _RIGHT, figure.height - _TOP - _BOTTOM)
     box = _Box(left + _LEFT, top + figure.height - _BOTTOM, *size, x_low, x_high, y_low, y_high)
     parts = _axes(figure, box)
-    named_at = left + width - _RIGHT
-    for place, (trace, x, y) in reversed(list(enumerate(zip(figure.data, xs, ys, strict=True)))):
+    names = [str(trace.get("name", "")) for trace in figure.data]
+    named_at = left + width - _RIGHT - sum(_LETTER * len(name) + 36 for name in names)
+    for place, (trace, x, y) in enumerate(zip(figure.data, xs, ys, strict=True)):
         line = trace.get("line", {})
         colour = str(line.get("color", COLOURS[place % len(COLOURS)]))
         dash = f" stroke-dasharray='{_DASHES[line['dash']]}'" if line.get("dash") in _DASHES else ""
         stroke = f"stroke='{colour}' stroke-width='{line.get('width', 1.5)}'{dash}"
         parts += _trace(trace, box.x(x), box.y(y), stroke, colour)
-        name = str(trace.get("name", ""))
-        named_at -= _LETTER * len(name) + 36
         parts += [
             f"<line x1='{named_at}' y1='{top + 50}' x2='{named_at + 22}' y2='{top + 50}' "
             f"{stroke}/>",
-            f"<text x='{named_at + 27}' y='{top + 54}'>{escape(name)}</text>",
+            f"<text x='{named_at + 27}' y='{top + 54}'>{escape(names[place])}</text>",
         ]
+        named_at += _LETTER * len(names[place]) + 36
     return parts
 
 
@@ -204,6 +204,8 @@ def _heat(figure: Figure, left: int, top: int, width: int) -> list[str]:
             f"<rect x='{scale_x}' y='{y:.1f}' width='12' height='{height / 40 + 0.5:.1f}' "
             f"fill='{colour}'/>"
         )
+    unit = escape(str(trace.get("colorbar", {}).get("title", {}).get("text", "")))
+    parts.append(f"<text x='{scale_x}' y='{y0 - 6}'>{unit}</text>")
     for value in ticks(low, high, 4):
         y = y0 + height * (1 - (value - low) / (high - low)) + 4
         parts.append(f"<text x='{scale_x + 16}' y='{y:.1f}'>{value:g}</text>")
