@@ -110,8 +110,8 @@ class NodeServing:
     """
 
     WIRED = (
-        "first", "engines", "numbers", "gpu_lists", "wakes_s", "on_removed", "_bank", "_roster",
-        "_keep_segments", "_first_gpu", "_num_gpus", "_place", "_elastic",
+        "first", "engines", "on_removed", "_bank", "_roster", "_keep_segments", "_first_gpu",
+        "_num_gpus",
     )  # fmt: skip
 
     def __init__(
@@ -238,6 +238,17 @@ class NodeServing:
     def engine(self, number: int) -> Engine:
         """The engine of an instance."""
         return self.engines[self._place[number]]
+
+    def resumed(self) -> None:
+        """Make the engines of slots that were held; `ServerBank.restore` gives them their state."""
+        if self._elastic is None:
+            return
+        held = [self._elastic.config(number) for number in self.numbers]
+        self.engines[:] = [
+            build_engine(self._bank, load_model(config.model), config, self._keep_segments)
+            for config in held
+        ]
+        self._roster.stale = True
 
     # What the daemon asks.
 
@@ -682,22 +693,24 @@ class ServerBank:
             "engines": [engine.save() for engine in self._roster.engines],
             "awake": self._roster.awake,
             "nodes": self.serving,
+            "farm": self._roster.farm is not None,
         }
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Be what `save` saw."""
+        for serving, state in zip(self.serving, kept["nodes"], strict=True):
+            put_back(serving, state)
         self._refresh()
         self.bank.restore(kept["bank"])
         for engine, state in zip(self._roster.engines, kept["engines"], strict=True):
             engine.restore(state)
         put_back(self, kept["servers"])
-        for serving, state in zip(self.serving, kept["nodes"], strict=True):
-            put_back(serving, state)
         self._roster.awake.clear()
         self._roster.awake.update(kept["awake"])
-        farm = self.farm()
-        for index in range(len(self._roster.engines)):
-            farm.rearm(index)
+        if kept["farm"]:
+            farm = self.farm()
+            for index in range(len(self._roster.engines)):
+                farm.rearm(index)
 
     def read_gpus(self) -> dict[str, Any]:
         """Readings of all GPUs, see `gpu_columns`."""

@@ -232,8 +232,9 @@ class _Thawer:
                 object.__setattr__(made, name, self.unmarked(value))
         elif kind == "dict":
             self._made[place] = made = {}
-            for key, value in rest[0]:
-                made[self.unmarked(key)] = self.unmarked(value)
+            for pair in rest[0]:  # in this order, by which things are numbered
+                key, value = self._all(pair)
+                made[key] = value
         elif kind == "set":
             self._made[place] = made = set()
             made.update(self._all(rest[0]))

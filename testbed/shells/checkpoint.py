@@ -1,27 +1,28 @@
 """Checkpoints of a virtual run: all that it will be decided by, as plain data, and back.
 
-One is taken half-way between two ticks, when everything that travels as a message has arrived: the
-scheduler then holds the two next ticks and nothing else, and requests are on queues of ours. What
-the run file and the handshake determine is not kept but made anew: each class names it in its
-``WIRED`` (`testbed.core.freeze`).
+One is taken half-way between two ticks, when what nodes said at the last one has arrived. On the
+scheduler are then the two next ticks and, where requests travel as messages, those on their way,
+the next arrival and the times at which nodes want to be woken: each can say what it is. What the
+run file and the handshake determine is not kept but made anew: each class names it in its ``WIRED``
+(`testbed.core.freeze`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
-from daemons.node import NodeDaemon
 from daemons.safety import CapGuard
 from emulators.server import ServerBank
-from testbed.coordinator.loop import Coordinator
-from testbed.core.clock import HOUSEKEEPING, VirtualScheduler
+from testbed.core.clock import CONTROL, HOUSEKEEPING, PHYSICS, VirtualScheduler
 from testbed.core.errors import SpecError
 from testbed.core.freeze import freeze, put_back
 from testbed.core.spec import RunSpec
 from testbed.recorder.writer import Recorder
-from testbed.shells.lean import BankReports, RequestPath
+from testbed.shells.lean import LEAN_DELAY_S, BankReports, RequestPath
+from testbed.shells.schedule import Desk, NodeSchedule, Waiting
 
 
 @dataclass(slots=True)
@@ -32,31 +33,34 @@ class Stage:
     records: Recorder
     loop: VirtualScheduler
     servers: ServerBank
-    daemons: list[NodeDaemon]
+    nodes: list[NodeSchedule]
     guards: list[CapGuard]
-    coordinator: Coordinator
+    desk: Desk
     controllers: list[Any]
     router: Any
-    path: RequestPath
-    reports: BankReports
+    path: RequestPath | None
+    reports: BankReports | None
+    """How requests and reports travel where there are no messages for them."""
 
 
-def check(spec: RunSpec, *, lean: bool) -> None:
+def check(spec: RunSpec) -> None:
     """Refuse checkpoints of runs whose state is spread wider than this file knows.
 
     Raises:
         SpecError: says what is in the way.
     """
-    period_s, delay_s = spec.control.sample_period_s, spec.transport.delay_s
-    if not lean:
+    period_s, transport = spec.control.sample_period_s, spec.transport
+    if transport.jitter_s or transport.loss_frac or spec.tenants.per_node:
         raise SpecError(
-            "run spec: record.checkpoint_s: not with transport.jitter_s, transport.loss_frac, "
-            "memory tenants or cluster.elastic"
+            "run spec: record.checkpoint_s: not with transport.jitter_s, transport.loss_frac or "
+            "memory tenants"
         )
-    if 8 * delay_s > period_s:
+    most_s = min(period_s / 8, LEAN_DELAY_S)
+    if transport.delay_s > most_s:
         raise SpecError(
-            f"run spec: record.checkpoint_s: transport.delay_s = {delay_s} must be at most an "
-            f"eighth of control.sample_period_s = {period_s}, so that messages arrive in between"
+            f"run spec: record.checkpoint_s: transport.delay_s = {transport.delay_s} must be at "
+            f"most {most_s:g}, an eighth of control.sample_period_s and no more than "
+            f"{LEAN_DELAY_S:g}, so that messages arrive in between"
         )
 
 
@@ -76,9 +80,6 @@ class Checkpoints:
             self._stage.loop.call_at(now_s + self._half_s, HOUSEKEEPING, self._take)
 
     def _take(self, now_s: float) -> None:
-        waiting = len(self._stage.loop.heap)
-        if waiting != 2:
-            raise SpecError(f"run spec: record.checkpoint_s: {waiting - 2} messages are on the way")
         kept = {"now_s": now_s, "next_s": self._next_s, "ticks": self._ticks(), **save(self._stage)}
         self._stage.records.keep_checkpoint(freeze(kept))
 
@@ -93,34 +94,57 @@ def save(stage: Stage) -> dict[str, Any]:
     return {
         "records": stage.records.save(),
         "servers": stage.servers.save(),
+        "waiting": _waiting(stage),
         "parts": _parts(stage),
     }
 
 
 def restore(stage: Stage, kept: dict[str, Any]) -> None:
     """Put a state back into parts made from the same run file, whose nodes have joined."""
-    stage.loop.now_s = kept["now_s"]
+    loop, desk = stage.loop, stage.desk
+    loop.now_s = kept["now_s"]
     stage.servers.restore(kept["servers"])
-    parts = _parts(stage)
-    stage.path.skip(kept["parts"]["path"][0].arrived)
-    for name, things in parts.items():
+    arrived = kept["parts"]["coordinator"][0].arrived_total
+    (stage.path or desk).skip(arrived)
+    for name, things in _parts(stage).items():
         for thing, state in zip(things, kept["parts"][name], strict=True):
             put_back(thing, state)
+    loop.heap.clear()
+    for due_s, order, key, place, told in kept["waiting"]:
+        owner = desk if place < 0 else stage.nodes[place]
+        loop.call_at(due_s, order, owner.again(told), key)
     # Last: all that was said while the parts were made is forgotten.
     stage.records.go_on(kept["records"])
 
 
+def _waiting(stage: Stage) -> list[tuple[float, int, str, int, Waiting]]:
+    """What is on the scheduler but for the two ticks: when, and by which node (-1: the desk)."""
+    owners: list[tuple[int, Desk | NodeSchedule]] = [(-1, stage.desk), *enumerate(stage.nodes)]
+    place_of = {id(owner): place for place, owner in owners}
+    place_of[id(stage.desk.coordinator)] = -1
+    found: list[tuple[float, int, str, int, Waiting]] = []
+    for due_s, order, key, _, callback in sorted(stage.loop.heap, key=itemgetter(0, 1, 2, 3)):
+        if order in (PHYSICS, CONTROL):
+            continue
+        place = place_of.get(id(getattr(getattr(callback, "func", callback), "__self__", None)), -1)
+        told = owners[place + 1][1].told(callback)
+        if told is None:
+            raise SpecError(f"run spec: record.checkpoint_s: {callback!r} is to come at {due_s} s")
+        found.append((due_s, order, key, place, told))
+    return found
+
+
 def _parts(stage: Stage) -> dict[str, list[Any]]:
     """Everything that has a state, beside servers and recorder."""
-    layout = stage.coordinator.layout
+    layout = stage.desk.coordinator.layout
     return {
-        "coordinator": [stage.coordinator],
+        "coordinator": [stage.desk.coordinator],
         "columns": [layout.gpus, layout.instances, layout.tenants, layout.rows],
         "nodes": layout.nodes,
-        "daemons": stage.daemons,
+        "schedules": stage.nodes,
+        "daemons": [node.daemon for node in stage.nodes],
         "guards": stage.guards,
         "controllers": stage.controllers,
         "router": [stage.router],
-        "path": [stage.path],
-        "reports": [stage.reports],
+        "lean": [part for part in (stage.path, stage.reports) if part is not None],
     }

@@ -26,6 +26,9 @@ from testbed.coordinator.loop import Coordinator
 from testbed.core.clock import DELIVERY, SERVING, VirtualScheduler
 from testbed.core.messages import GpuReadings, InstanceReadings, Request, Submit
 
+LEAN_DELAY_S = 0.4
+"""Longest delay with which all nodes have joined by time zero, a second after they began to."""
+
 
 class RequestPath:
     """Requests between coordinator and engines.

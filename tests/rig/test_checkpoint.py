@@ -20,15 +20,18 @@ from emulators.models import load_model
 from emulators.profiles import load_gpu
 from emulators.state import CONTROL
 from emulators.timing import IterationCost
-from testbed import rig
+from testbed import profiling, rig
 from testbed.coordinator.loop import Coordinator
 from testbed.core.errors import SpecError, TestbedError
 from testbed.core.freeze import FreezeError, attributes, freeze, put_back, thaw
-from testbed.core.messages import EngineConfig
+from testbed.core.messages import EngineConfig, Request
 from testbed.core.spec import parse_spec
+from testbed.experiment import load_beside
+from testbed.policies.dynamollm import DynamoLLM
 from testbed.recorder.reader import Recording
 from testbed.shells import checkpoint, virtual
 from tests.conftest import ROOT, SMALL, cli, table_hashes
+from tests.elastic.test_elastic import SHUFFLED
 from tests.rig.test_plant import PLANT, events, hard
 
 OFTEN = ["record.checkpoint_s=4", "workload.rate_rps=40", "router.use=power_of_two"]
@@ -38,7 +41,7 @@ class Killed(BaseException):
     """Nothing of ours catches it, as nothing catches SIGKILL."""
 
 
-def broken_off(tmp_path, monkeypatch, at_s, *overrides, text=SMALL):
+def broken_off(tmp_path, monkeypatch, at_s, spec):
     """A run that ends in the middle of things at ``at_s``."""
 
     def progress_to(parts, limit_s):
@@ -57,7 +60,7 @@ def broken_off(tmp_path, monkeypatch, at_s, *overrides, text=SMALL):
 
     monkeypatch.setattr(rig, "run_virtual", partial(progress_to, limit_s=at_s))
     with pytest.raises(Killed):
-        rig.run(parse_spec(text, overrides), tmp_path / "broken")
+        rig.run(spec, tmp_path / "broken")
     monkeypatch.setattr(rig, "run_virtual", virtual.run_virtual)
     [folder] = (tmp_path / "broken").iterdir()
     return folder
@@ -78,9 +81,14 @@ def test_resumed_as_if_undisturbed(tmp_path, monkeypatch, at_s, more, overrides)
 
 
 def check_resumed(tmp_path, monkeypatch, at_s, overrides, text):
+    """`check_resumed_spec` of a run file's text."""
+    return check_resumed_spec(tmp_path, monkeypatch, at_s, parse_spec(text, overrides))
+
+
+def check_resumed_spec(tmp_path, monkeypatch, at_s, spec):
     """Broken off at ``at_s`` and resumed, a run ends as the whole one; returns the whole one."""
-    whole = rig.run(parse_spec(text, overrides), tmp_path / "whole")
-    folder = broken_off(tmp_path, monkeypatch, at_s, *overrides, text=text)
+    whole = rig.run(spec, tmp_path / "whole")
+    folder = broken_off(tmp_path, monkeypatch, at_s, spec)
     assert (folder / "checkpoint.msgpack").exists()
     assert rig.resume(folder) == folder
     assert table_hashes(folder) == table_hashes(whole)
@@ -123,6 +131,53 @@ def test_breakers_remember_over_a_break(tmp_path, monkeypatch, at_s, overrides):
     whole = check_resumed(tmp_path, monkeypatch, at_s, overrides, PLANT)
     assert events(whole, "breaker_tripped")
     assert events(whole, "dark")
+
+
+SHUFFLE = ROOT / "tests" / "elastic" / "shuffle.py"
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_instances_that_come_and_go_are_resumed(tmp_path, monkeypatch, seed):
+    """Starting, draining, re-sharding, recalled requests: whatever is under way."""
+    policy = f'policy=[{{use="{SHUFFLE}",params={{seed={seed}}}}}]'
+    fault = "fault=[{at_s=5.0,node=1,gpu=2}]"
+    more = ["reconfigure.empty_power_frac=0.3", fault] if seed > 1 else []
+    overrides = [policy, f"seed={seed}", "record.checkpoint_s=1.3", *more]
+    for at_s in (4.1, 8.0):
+        folder = tmp_path / f"{at_s:g}"
+        whole = check_resumed(folder, monkeypatch, at_s, overrides, SHUFFLED)
+    layouts = Recording.open(whole).columns("events", "kind")["kind"].astype(str)
+    assert (layouts == "layout").sum() > 5
+
+
+def test_requests_as_messages_are_resumed(tmp_path, monkeypatch):
+    """As they travel where instances come and go, here where they do not."""
+    monkeypatch.setattr(virtual, "run_virtual", partial(virtual.run_virtual, by_message=True))
+    monkeypatch.setattr(rig, "run_virtual", virtual.run_virtual)
+    check_resumed(tmp_path, monkeypatch, 13.0, [*OFTEN, "transport.delay_s=0.01"], SMALL)
+
+
+def test_dynamollm_is_resumed(tmp_path, monkeypatch):
+    """Nine pools, a profile, a forecast, plans: a policy that routes and steps, and is one."""
+    monkeypatch.setattr(profiling, "REQUESTS", 60)  # a second instead of twenty
+    sweep = DynamoLLM.sweep._replace(clocks_mhz=(1000.0, 1400.0, 1980.0))
+    monkeypatch.setattr(DynamoLLM, "sweep", sweep)
+    text = (ROOT / "experiments" / "dynamollm" / "run.toml").read_text(encoding="utf-8")
+    params = "{period_s=5.0,pool_period_s=30.0,cluster_period_s=60.0}"
+    overrides = [
+        "duration_s=150", "workload.rate_rps=10", "cluster.nodes_per_row=6", "workload.start_s=600",
+        f'policy=[{{use="dynamollm",precedence="slo",params={params}}}]', "record.checkpoint_s=20",
+    ]  # fmt: skip
+    check_resumed(tmp_path, monkeypatch, 101.0, overrides, text)
+
+
+def test_tapas_with_engines_is_resumed(tmp_path, monkeypatch):
+    """A building, and instances that a policy makes something else when a UPS is lost."""
+    folder = ROOT / "experiments" / "tapas"
+    live = load_beside(str(folder / "experiment.py"), "live")
+    spec = live.live_spec("tapas", ['mode="virtual"', "record.checkpoint_s=2"])
+    whole = check_resumed_spec(tmp_path, monkeypatch, 14.0, spec)
+    assert events(whole, "layout")
 
 
 def test_checkpoints_change_nothing(tmp_path):
@@ -175,7 +230,7 @@ def test_killed_twice_from_the_command_line(tmp_path, small_spec):
     ("overrides", "message"),
     [
         (["transport.jitter_s=0.01"], "not with transport.jitter_s"),
-        (["transport.delay_s=0.05"], "an eighth"),
+        (["transport.delay_s=0.05"], "at most 0.0125, an eighth"),
         (["mode=emulated"], "only for virtual runs"),
     ],
 )
@@ -271,7 +326,7 @@ def test_an_engine_accounts_for_all_of_itself():
 
 
 def test_a_state_of_another_version_is_refused(stage):
-    breakers = stage.coordinator._building._hall.row_breakers
+    breakers = stage.desk.coordinator._building._hall.row_breakers
     kept = thaw(freeze(breakers))
     del kept.heat
     with pytest.raises(FreezeError, match=r"another version: Breakers has other .*\(heat\)"):
@@ -283,8 +338,13 @@ def test_a_state_of_another_version_is_refused(stage):
 
 def test_what_was_one_thing_is_one_again():
     shared = deque([1, 2], maxlen=3)
-    found = thaw(freeze({"a": shared, "b": [shared], "c": frozenset({2, 1})}))
+    request = Request(1, 0.5, 10, 20)
+    value = {("a", request): shared, "b": [shared, request], "c": frozenset({2, 1})}
+    found = thaw(freeze(value))
+    [(_, key), *_] = found
+    found["a"] = found["a", request]
     assert found["a"] is found["b"][0]
+    assert key is found["b"][1]
     assert (found["a"], found["a"].maxlen, found["c"]) == (shared, 3, frozenset({1, 2}))
 
 
