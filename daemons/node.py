@@ -77,6 +77,11 @@ class NodeDaemon:
         log: told in a line what happens.
     """
 
+    WIRED = (
+        "name", "config", "welcome", "_gpus", "_guard", "_serving", "_send", "_boot_id",
+        "_tenants", "_surround", "_log",
+    )  # fmt: skip
+
     def __init__(
         self,
         name: str,

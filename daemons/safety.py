@@ -87,6 +87,8 @@ class CapGuard:
         DeviceError: a device cannot be read, or the journal cannot.
     """
 
+    WIRED = ("_gpus", "_journal", "_log", "_infos", "_allow_writes")
+
     def __init__(
         self,
         gpus: GpuDevice,

@@ -66,6 +66,8 @@ class Breakers:
         rating_w: what each bears for ever.
     """
 
+    WIRED = ("curve", "rating_w")
+
     def __init__(self, curve: Curve, rating_w: Floats) -> None:
         self.curve = curve
         self.rating_w: Floats = np.asarray(rating_w, float)

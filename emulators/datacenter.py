@@ -150,6 +150,11 @@ class Datacenter:
         profile: of its GPUs.
     """
 
+    WIRED = (
+        "plant", "host", "row", "aisle", "rack", "cords", "offset_c", "num_rows", "num_aisles",
+        "_site", "_ahu_m3_s", "_faults", "_provisioned_w",
+    )  # fmt: skip
+
     def __init__(self, spec: RunSpec, profile: GpuProfile) -> None:
         assert spec.plant is not None
         cluster, plant = spec.cluster, spec.plant

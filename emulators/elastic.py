@@ -71,6 +71,8 @@ class Elastic:
         t_s: now.
     """
 
+    WIRED = ("_serving", "_bank", "_first_gpu", "_num_gpus", "_config")
+
     def __init__(
         self,
         serving: NodeServing,
@@ -247,6 +249,10 @@ class Elastic:
             bank.unloaded_w[node] = saved_w
             for slot in self._slots.values():
                 bank.unloaded_w[[self._first_gpu + gpu for gpu in slot.config.gpus]] = 0.0
+
+    def config(self, number: int) -> InstanceConfig:
+        """What the instance in a slot is."""
+        return self._slots[number].config
 
     # What the daemon reports.
 

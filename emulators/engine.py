@@ -341,6 +341,18 @@ _ENGINE_FIELDS: Final = (
     "_by_deadline", "_decodes", "_num_decoding", "_kv_tokens", "_residues", "_free",
     "_output_total", "_encode_s", "_prefill_s", "_decode_s", "_flops", "_hbm_bytes",
 )  # fmt: skip
+# With their sequences, which `save` lists once.
+_ENGINE_PARTS: Final = (
+    "events", "segments", "itl", "_preparing", "_waiting", "_running", "_prefilling", "_ends",
+    "_block",
+)  # fmt: skip
+# Follows from how the engine was made, its batch limit and its clock.
+_ENGINE_WIRED: Final = (
+    "config", "kv_blocks", "clock_frac", "_cost", "_context_flops", "_context_bytes",
+    "_pair_flops", "_pair_bytes", "_tokens_per_tile", "_image_in_prompt", "_preprocess_s",
+    "_keep_segments", "_measured", "_collapse", "_block_size", "_encode_budget",
+    "_per_context_s", "_per_context_mixed_s", "_per_pair_s", "_decode_base",
+)  # fmt: skip
 
 
 class Engine:

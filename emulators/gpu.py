@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 import uuid
 from collections import deque
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from emulators.power import clock_for_limit, demand_w, power_w
 from emulators.profiles import GpuProfile
 from emulators.state import MAX_PROCESSES, GpuState
 from emulators.thermal import Thermal
+from testbed.core.freeze import put_back
 from testbed.core.view import Bools, Floats, Ints
 
 IDLE = 0x1
@@ -58,13 +58,6 @@ _ALLOWED_FLOOR_FRAC = 0.85
 """Share of the limit below which paying back does not go (assumed)."""
 
 
-_STATE = (
-    "clock_frac", "power_w", "demand_w", "enforced_w", "energy_j", "unloaded_w", "_copies",
-    "_smooth_w", "_thermal_frac", "_history", "_time_s",
-)  # fmt: skip
-"""What changes of a bank, beside what NVML shows and its heat."""
-
-
 class GpuBank:
     """GPUs of one model, advanced together.
 
@@ -75,6 +68,8 @@ class GpuBank:
         offset_c: how much warmer each GPU runs than the profile's mean one.
         first_uuid: number from which the GPUs' UUIDs count up.
     """
+
+    WIRED = ("profile", "state", "count", "_first_uuid", "_smallest_frac", "_step_frac", "_kernel")
 
     def __init__(
         self,
@@ -349,23 +344,15 @@ class GpuBank:
             self.state.measured["lost"][gpu] = 1
 
     def save(self) -> dict[str, Any]:
-        """The state as plain data; `restore` gives it to a bank made alike."""
-        kept = {name: getattr(self, name) for name in _STATE}
-        kept["thermal"] = self.thermal.save()
-        kept["measured"] = self.state.measured
-        kept["control"] = self.state.control
-        return deepcopy(kept)  # the arrays change in place
+        """The state, and what NVML shows of it; `restore` gives it to a bank made alike."""
+        return {"bank": self, "measured": self.state.measured, "control": self.state.control}
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Be what `save` saw."""
-        kept = deepcopy(kept)
-        for name in _STATE:
-            setattr(self, name, kept[name])
-        self.thermal.restore(kept["thermal"])
+        put_back(self, kept["bank"])
         with self.state.writing():
-            for name in ("measured", "control"):
-                part = getattr(self.state, name)
-                part[:] = kept[name].view(part.dtype)
+            self.state.measured[:] = kept["measured"]
+            self.state.control[:] = kept["control"]
         self._bind()
 
     def load(self, gpu: int, *, pid: int, used_bytes: int) -> None:

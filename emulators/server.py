@@ -31,6 +31,7 @@ from emulators.profiles import GpuProfile
 from emulators.state import GpuState
 from emulators.timing import IterationCost, Precision
 from testbed.core.errors import DeviceError, SpecError
+from testbed.core.freeze import put_back
 from testbed.core.messages import (
     GpuInfo,
     GpuReadings,
@@ -109,6 +110,11 @@ class NodeServing:
     Engines are listed densely; `numbers` says by which instance number the coordinator knows each.
     The two agree but on nodes that are elastic, where engines come and go (`emulators.elastic`).
     """
+
+    WIRED = (
+        "first", "engines", "on_removed", "_bank", "_roster", "_keep_segments", "_first_gpu",
+        "_num_gpus",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -234,6 +240,17 @@ class NodeServing:
     def engine(self, number: int) -> Engine:
         """The engine of an instance."""
         return self.engines[self._place[number]]
+
+    def resumed(self) -> None:
+        """Make the engines of slots that were held; `ServerBank.restore` gives them their state."""
+        if self._elastic is None:
+            return
+        held = [self._elastic.config(number) for number in self.numbers]
+        self.engines[:] = [
+            build_engine(self._bank, load_model(config.model), config, self._keep_segments)
+            for config in held
+        ]
+        self._roster.stale = True
 
     # What the daemon asks.
 
@@ -517,6 +534,8 @@ class ServerBank:
         keep_segments: have engines keep what `drain_segments` gives.
     """
 
+    WIRED = ("bank", "serving", "gpus", "_roster", "_kernel")
+
     def __init__(
         self,
         bank: GpuBank,
@@ -725,45 +744,33 @@ class ServerBank:
                 yield index, events
 
     def save(self) -> dict[str, Any]:
-        """The state of engines and GPUs as plain data; `restore` gives it to a bank made alike."""
+        """The state of engines and GPUs; `restore` gives it to a bank made alike."""
         self._refresh()
         return {
+            "servers": self,
             "bank": self.bank.save(),
             "engines": [engine.save() for engine in self._roster.engines],
             "awake": self._roster.awake,
-            "asked": self._asked,
-            "unread": self._unread,
-            "totals": self._totals,
-            "clock_frac": self._clock_frac,
-            "readings": self._readings,
-            "t_s": self._t_s,
-            "faults": self._faults,
-            "lost": self._lost,
-            "nodes": [(serving.dead, serving.preprocess_slowdown) for serving in self.serving],
+            "nodes": self.serving,
+            "farm": self._roster.farm is not None,
         }
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Be what `save` saw."""
+        for serving, state in zip(self.serving, kept["nodes"], strict=True):
+            put_back(serving, state)
         self._refresh()
         self.bank.restore(kept["bank"])
         for engine, state in zip(self._roster.engines, kept["engines"], strict=True):
             engine.restore(state)
-        for serving, (dead, slowdown) in zip(self.serving, kept["nodes"], strict=True):
-            serving.dead, serving.preprocess_slowdown = dead, slowdown
-        self._asked = kept["asked"]
-        self._unread = kept["unread"]
-        self._totals = kept["totals"]
-        self._clock_frac = kept["clock_frac"]
+        put_back(self, kept["servers"])
         self._bind()
-        self._readings = kept["readings"]
-        self._t_s = kept["t_s"]
-        self._faults = kept["faults"]
-        self._lost = kept["lost"]
         self._roster.awake.clear()
         self._roster.awake.update(kept["awake"])
-        farm = self.farm()
-        for index in range(len(self._roster.engines)):
-            farm.rearm(index)
+        if kept["farm"]:
+            farm = self.farm()
+            for index in range(len(self._roster.engines)):
+                farm.rearm(index)
 
     def read_gpus(self) -> GpuReadings:
         """Readings of all GPUs."""

@@ -39,6 +39,8 @@ class Thermal:
         offset_c: how much warmer each runs than the profile's mean one.
     """
 
+    WIRED = ("_profile", "_offset_c")
+
     def __init__(
         self, profile: GpuProfile, count: int, *, inlet_c: Floats, offset_c: Floats
     ) -> None:
@@ -79,14 +81,6 @@ class Thermal:
             "temp_c": self.temp_c,
             "offset_c": self._offset_c,
         }
-
-    def save(self) -> tuple[Floats, Floats, Floats]:
-        """The state; `restore` takes it back."""
-        return self._fast_c, self._slow_c, self.temp_c
-
-    def restore(self, kept: tuple[Floats, Floats, Floats]) -> None:
-        """Be what `save` saw."""
-        self._fast_c, self._slow_c, self.temp_c = kept
 
     def effective_w(self, power_w: Floats) -> Floats:
         """The power that a straight line would need for the heat of this one."""

@@ -26,6 +26,8 @@ PRECEDENCE = ("safety", "slo", "efficiency")
 class Claims:
     """Upper bounds that policies ask for, one column per GPU (or instance)."""
 
+    WIRED = ("names", "_rank")
+
     def __init__(self, names: list[str], precedence: list[str], count: int) -> None:
         self.names = names
         self._rank = np.array([PRECEDENCE.index(p) for p in precedence], dtype=np.int64)
@@ -41,13 +43,16 @@ class Claims:
 
     def resolve(self, default: Floats) -> tuple[Floats, Ints]:
         """The value that holds for each column, and the policy that set it (-1: nobody)."""
+        claimed = ~np.isnan(self._asked)
+        if not claimed.any():
+            return default.copy(), np.full(default.shape, -1, dtype=np.int64)
         value = np.full(default.shape, np.nan)
         winner = np.full(default.shape, -1, dtype=np.int64)
         for rank in (1, 2, 0):  # SLO before efficiency; safety then bounds what they agreed on
             members = np.flatnonzero(self._rank == rank)
             if not len(members):
                 continue
-            asked = np.where(np.isnan(self._asked[members]), np.inf, self._asked[members])
+            asked = np.where(claimed[members], self._asked[members], np.inf)
             lowest = asked.argmin(axis=0)
             best = asked[lowest, np.arange(asked.shape[1])]
             taken = best < (np.where(np.isnan(value), np.inf, value) if rank == 0 else np.inf)

@@ -33,6 +33,8 @@ TPS = (1, 2, 4, 8)
 class Arranging:
     """Standing layouts of all policies; see the module's story."""
 
+    WIRED = ("_spec", "_layout", "_models", "_rank")
+
     def __init__(self, spec: RunSpec, layout: Layout) -> None:
         self._spec = spec
         self._layout = layout

@@ -92,6 +92,8 @@ class Building:
         layout: the cluster; its view gets the facility.
     """
 
+    WIRED = ("_layout", "_period_s", "_vms", "_priority", "_shown")
+
     def __init__(self, spec: RunSpec, layout: Layout) -> None:
         assert spec.plant is not None
         self._layout = layout
@@ -125,8 +127,7 @@ class Building:
         draw_w = draw_w * gpus.power_instant_w
         hall.advance(now_s, draw_w)
         show(facility, hall, now_s)
-        for name in ("t_s", "hour", "outside_c"):
-            setattr(self._shown, name, getattr(facility, name))
+        self.resumed()
         by_node_w = np.bincount(gpus.node, draw_w, len(hall.row)).astype(float)
         self._layout.rows.budget_w[:] = gpu_budgets_w(hall, by_node_w)
         self._come_and_go(now_s)
@@ -136,6 +137,11 @@ class Building:
         self._count_free()
         happened, hall.happenings = hall.happenings, []
         return self._surroundings(now_s), happened
+
+    def resumed(self) -> None:
+        """Have policies see what is no array: arrays they share with ``facility``."""
+        for name in ("t_s", "hour", "outside_c"):
+            setattr(self._shown, name, getattr(self.facility, name))
 
     def _surroundings(self, now_s: float) -> list[tuple[int, Surroundings]]:
         loads = np.append(self._vms.loads(now_s), 0.0)  # the last for GPUs without a VM

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
@@ -57,6 +57,9 @@ _Columns = TypeVar("_Columns", bound="DataclassInstance")
 class Node:
     """What the coordinator knows of one node."""
 
+    WIRED: ClassVar = (
+        "name", "index", "row", "gpus", "instances", "tenants", "infos", "tenant_infos", "counts",
+    )  # fmt: skip
     name: str
     index: int
     row: int

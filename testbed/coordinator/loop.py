@@ -147,6 +147,12 @@ class Coordinator:
             that arrives acts before the work is done.
     """
 
+    WIRED = (
+        "spec", "layout", "view", "_hub", "_records", "_controllers", "_router", "_run_id",
+        "_epoch", "_start_ns", "_boot_id", "_beat_period_s", "_observed_s", "_submit", "_node_of",
+        "_monotonic_ns", "_breathe", "_classes",
+    )  # fmt: skip
+
     def __init__(
         self,
         spec: RunSpec,

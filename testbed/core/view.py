@@ -10,7 +10,7 @@ Commands name what they act on by index into the same columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ the model's card where it is none of the others."""
 class GpuColumns:
     """One row per GPU of the cluster."""
 
+    WIRED: ClassVar = ("name",)
     name: tuple[str, ...]
     row: Ints
     """Index into `View.rows`."""
@@ -83,6 +84,7 @@ class InstanceColumns:
     request sent to an index reaches what was there when the router saw it.
     """
 
+    WIRED: ClassVar = ("name",)
     name: tuple[str, ...]
     node: Ints
     pool: Ints
@@ -117,6 +119,7 @@ class InstanceColumns:
 class TenantColumns:
     """One row per tenant of host memory."""
 
+    WIRED: ClassVar = ("name",)
     name: tuple[str, ...]
     node: Ints
     guaranteed_bytes: Floats
@@ -138,6 +141,7 @@ class TenantColumns:
 class RowColumns:
     """One row per row of racks: the breaker that all its GPUs share."""
 
+    WIRED: ClassVar = ("name",)
     name: tuple[str, ...]
     budget_w: Floats
     """What the GPUs of the row may draw together; infinite where none was set."""
@@ -147,6 +151,7 @@ class RowColumns:
 class ServerColumns:
     """One row per node, in their order: what the building's meters say of it."""
 
+    WIRED: ClassVar = ("name",)
     name: tuple[str, ...]
     row: Ints
     aisle: Ints
@@ -166,6 +171,7 @@ class ServerColumns:
 class AisleColumns:
     """One row per aisle: servers that share their air."""
 
+    WIRED: ClassVar = ("name",)
     name: tuple[str, ...]
     airflow_m3_s: Floats
     capacity_m3_s: Floats
@@ -178,6 +184,7 @@ class AisleColumns:
 class UpsColumns:
     """One row per UPS."""
 
+    WIRED: ClassVar = ("name",)
     name: tuple[str, ...]
     up: Bools
     draw_w: Floats
@@ -189,6 +196,7 @@ class UpsColumns:
 class VmColumns:
     """One row per GPU VM that has arrived."""
 
+    WIRED: ClassVar = ("name",)
     name: tuple[str, ...]
     pool: Ints
     """The pool whose instance it holds (SaaS), or -1 for an opaque one (IaaS): that may be placed,
@@ -206,6 +214,7 @@ class VmColumns:
 class Facility:
     """The building: what a plant (`emulators.datacenter`) or a real one's meters tell."""
 
+    WIRED: ClassVar = ()
     t_s: float
     hour: float
     """Local hour of the year; modulo 24 that of the day."""

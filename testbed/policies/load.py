@@ -13,6 +13,7 @@ testbed.core.errors.PolicyError: policy 'row_power_cap': found no class with a m
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -24,6 +25,7 @@ from typing import Any, cast
 
 import testbed.policies
 from testbed.core.errors import PolicyError
+from testbed.core.freeze import POLICY_MODULE
 from testbed.core.spec import PolicySpec
 from testbed.core.view import Controller, Router
 
@@ -96,7 +98,9 @@ def _file_module(name: str) -> ModuleType:
     path = Path(name)
     if not path.is_file():
         raise PolicyError(f"policy file {name}: no such file")
-    module_name = f"_policy_{path.stem}_{abs(hash(path.resolve()))}"
+    # The same in every process: a checkpoint names its classes.
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    module_name = f"{POLICY_MODULE}{path.stem}_{place}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise PolicyError(f"policy file {name}: cannot be read as Python")

@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from testbed.core.errors import RecordingError
+from testbed.core.freeze import put_back
 from testbed.core.messages import GpuInfo, GpuReadings, InstanceReadings, Returned, TenantReadings
 from testbed.core.names import parent
 from testbed.core.spec import RunSpec
@@ -206,6 +207,8 @@ class TableWriter:
 class _Due:
     """Which samples of GPUs or instances to keep: those at least ``period_s`` apart."""
 
+    WIRED = ("period_s",)
+
     def __init__(self, period_s: float) -> None:
         self.period_s = period_s
         self.next_s = np.empty(0)
@@ -235,6 +238,11 @@ class Recorder:
         extra_tables: tables of an experiment, beside those of `tables.TABLES`.
         resume: go on with a recording that was broken off; `go_on` says from where.
     """
+
+    WIRED = (
+        "folder", "spec", "manifest", "tables", "_lock", "_started", "_gpus", "_instances",
+        "_requests", "_tenants", "_names", "_flushed", "_closed",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -569,22 +577,14 @@ class Recorder:
     def save(self) -> dict[str, Any]:
         """Everything on disk, and what is needed to `go_on` from here."""
         self._flush()
-        return {
-            "sizes_bytes": {name: writer.size_bytes for name, writer in self.tables.items()},
-            "gpu_due_s": self._gpu_due.next_s,
-            "instance_due_s": self._instance_due.next_s,
-            "held_s": self._held_s,
-            "held": self._held.tobytes(),
-        }
+        sizes_bytes = {name: writer.size_bytes for name, writer in self.tables.items()}
+        return {"records": self, "sizes_bytes": sizes_bytes}
 
     def go_on(self, saved: dict[str, Any]) -> None:
         """Be where `save` was: what was recorded after it is forgotten."""
         for name, writer in self.tables.items():
             writer.go_on_at(saved["sizes_bytes"].get(name, 0))
-        self._gpu_due.next_s = saved["gpu_due_s"]
-        self._instance_due.next_s = saved["instance_due_s"]
-        self._held_s = saved["held_s"]
-        self._held = np.frombuffer(saved["held"], GpuReadings.layout).copy()
+        put_back(self, saved["records"])
 
     def keep_checkpoint(self, data: bytes) -> None:
         """Put a checkpoint in place of the one before it, in one step."""

@@ -1,45 +1,28 @@
 """Checkpoints of a virtual run: all that it will be decided by, as plain data, and back.
 
-One is taken half-way between two ticks, when everything that travels as a message has arrived: the
-scheduler then holds the two next ticks and nothing else, and requests are on queues of ours. What
-the run file and the handshake determine is not kept but made anew.
+One is taken half-way between two ticks, when what nodes said at the last one has arrived. On the
+scheduler are then the two next ticks and, where requests travel as messages, those on their way,
+the next arrival and the times at which nodes want to be woken: each can say what it is. What the
+run file and the handshake determine is not kept but made anew: each class names it in its ``WIRED``
+(`testbed.core.freeze`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
-from daemons.node import NodeDaemon
 from daemons.safety import CapGuard
-from emulators.engine import Event
 from emulators.server import ServerBank
-from testbed.coordinator.loop import Coordinator, InFlight
-from testbed.core.clock import HOUSEKEEPING, VirtualScheduler
+from testbed.core.clock import CONTROL, HOUSEKEEPING, PHYSICS, VirtualScheduler
 from testbed.core.errors import SpecError
-from testbed.core.freeze import attributes, freeze, put_back
+from testbed.core.freeze import freeze, put_back
 from testbed.core.spec import RunSpec
 from testbed.recorder.writer import Recorder
-from testbed.shells.lean import BankReports, RequestPath
-
-# What is made anew, by class; anything else that turns up is kept, or refused with its name.
-_COORDINATOR = (
-    "spec", "layout", "view", "in_flight", "_hub", "_records", "_controllers", "_router", "_run_id",
-    "_observed_s", "_submit", "_node_of", "_monotonic_ns", "_classes", "_held", "_power", "_clocks",
-    "_batches", "_arranging", "_epoch", "_start_ns", "_boot_id", "_beat_period_s", "_breathe",
-)  # fmt: skip
-_NODE = (
-    "name", "index", "row", "gpus", "instances", "tenants", "configs", "infos", "tenant_infos",
-    "layout_seen", "layout_how", "layout_sequence",
-)  # fmt: skip
-_GUARD = ("_gpus", "_journal", "_log", "_infos")
-_DAEMON = (
-    "name", "config", "welcome", "_gpus", "_guard", "_serving", "_send", "_boot_id", "_tenants",
-    "_log", "_surround",
-)  # fmt: skip
-_COLUMNS = ("gpus", "instances", "rows")
-_CLAIMS = ("_power", "_clocks", "_batches")
+from testbed.shells.lean import LEAN_DELAY_S, BankReports, RequestPath
+from testbed.shells.schedule import Desk, NodeSchedule, Waiting
 
 
 @dataclass(slots=True)
@@ -50,35 +33,34 @@ class Stage:
     records: Recorder
     loop: VirtualScheduler
     servers: ServerBank
-    daemons: list[NodeDaemon]
+    nodes: list[NodeSchedule]
     guards: list[CapGuard]
-    coordinator: Coordinator
+    desk: Desk
     controllers: list[Any]
     router: Any
-    path: RequestPath
-    reports: BankReports
+    path: RequestPath | None
+    reports: BankReports | None
+    """How requests and reports travel where there are no messages for them."""
 
 
-def check(spec: RunSpec, *, lean: bool) -> None:
+def check(spec: RunSpec) -> None:
     """Refuse checkpoints of runs whose state is spread wider than this file knows.
 
     Raises:
         SpecError: says what is in the way.
     """
-    period_s, delay_s = spec.control.sample_period_s, spec.transport.delay_s
-    if not lean:
+    period_s, transport = spec.control.sample_period_s, spec.transport
+    if transport.jitter_s or transport.loss_frac or spec.tenants.per_node:
         raise SpecError(
-            "run spec: record.checkpoint_s: not with transport.jitter_s, transport.loss_frac, "
-            "memory tenants or cluster.elastic"
+            "run spec: record.checkpoint_s: not with transport.jitter_s, transport.loss_frac or "
+            "memory tenants"
         )
-    if spec.plant is not None:
+    most_s = min(period_s / 8, LEAN_DELAY_S)
+    if transport.delay_s > most_s:
         raise SpecError(
-            "run spec: record.checkpoint_s: not with a [plant], which is not kept in it"
-        )
-    if 8 * delay_s > period_s:
-        raise SpecError(
-            f"run spec: record.checkpoint_s: transport.delay_s = {delay_s} must be at most an "
-            f"eighth of control.sample_period_s = {period_s}, so that messages arrive in between"
+            f"run spec: record.checkpoint_s: transport.delay_s = {transport.delay_s} must be at "
+            f"most {most_s:g}, an eighth of control.sample_period_s and no more than "
+            f"{LEAN_DELAY_S:g}, so that messages arrive in between"
         )
 
 
@@ -98,9 +80,6 @@ class Checkpoints:
             self._stage.loop.call_at(now_s + self._half_s, HOUSEKEEPING, self._take)
 
     def _take(self, now_s: float) -> None:
-        waiting = len(self._stage.loop.heap)
-        if waiting != 2:
-            raise SpecError(f"run spec: record.checkpoint_s: {waiting - 2} messages are on the way")
         kept = {"now_s": now_s, "next_s": self._next_s, "ticks": self._ticks(), **save(self._stage)}
         self._stage.records.keep_checkpoint(freeze(kept))
 
@@ -111,63 +90,61 @@ class Checkpoints:
 
 
 def save(stage: Stage) -> dict[str, Any]:
-    """The state of everything, as data that `testbed.core.freeze` takes."""
-    coordinator = stage.coordinator
-    layout = coordinator.layout
+    """The state of everything, for `testbed.core.freeze`: each class says what of it is state."""
     return {
         "records": stage.records.save(),
         "servers": stage.servers.save(),
-        "daemons": [attributes(daemon, _DAEMON) for daemon in stage.daemons],
-        "guards": [attributes(guard, _GUARD) for guard in stage.guards],
-        "left_mw": stage.reports.left_mw,
-        "coordinator": attributes(coordinator, _COORDINATOR),
-        "claims": [attributes(getattr(coordinator, name)) for name in _CLAIMS],
-        "columns": [attributes(getattr(layout, name), ("name",)) for name in _COLUMNS],
-        "nodes": [attributes(node, _NODE) for node in layout.nodes],
-        "in_flight": [attributes(entry) for entry in coordinator.in_flight.values()],
-        "held": [entry.request.id for entry in coordinator._held],
-        "controllers": [attributes(policy) for policy in stage.controllers],
-        "router": attributes(stage.router),
-        "arrived": stage.path.arrived,
-        "submits": list(stage.path.submits),
-        "news": [
-            (due_s, index, [tuple(event) for event in events])
-            for due_s, index, events in stage.path.news
-        ],
+        "waiting": _waiting(stage),
+        "parts": _parts(stage),
     }
 
 
 def restore(stage: Stage, kept: dict[str, Any]) -> None:
     """Put a state back into parts made from the same run file, whose nodes have joined."""
-    coordinator = stage.coordinator
-    layout = coordinator.layout
-    stage.loop.now_s = kept["now_s"]
+    loop, desk = stage.loop, stage.desk
+    loop.now_s = kept["now_s"]
     stage.servers.restore(kept["servers"])
-    put_back(coordinator, kept["coordinator"])
-    coordinator.in_flight = {entry["request"].id: InFlight(**entry) for entry in kept["in_flight"]}
-    coordinator._held.extend(coordinator.in_flight[each] for each in kept["held"])
-    things: list[tuple[list[Any], str]] = [
-        (stage.daemons, "daemons"),
-        (stage.guards, "guards"),
-        ([getattr(coordinator, name) for name in _CLAIMS], "claims"),
-        ([getattr(layout, name) for name in _COLUMNS], "columns"),
-        (layout.nodes, "nodes"),
-        (stage.controllers, "controllers"),
-        ([stage.router], "router"),
-    ]
-    for parts, name in things:
-        for part, values in zip(parts, _listed(kept[name]), strict=True):
-            put_back(part, values)
-    stage.reports.left_mw[:] = kept["left_mw"]
-    path = stage.path
-    path.skip(kept["arrived"])
-    path.submits.extend(kept["submits"])
-    path.news.extend(
-        (due_s, index, [Event(*event) for event in events]) for due_s, index, events in kept["news"]
-    )
+    arrived = kept["parts"]["coordinator"][0].arrived_total
+    (stage.path or desk).skip(arrived)
+    for name, things in _parts(stage).items():
+        for thing, state in zip(things, kept["parts"][name], strict=True):
+            put_back(thing, state)
+    loop.heap.clear()
+    for due_s, order, key, place, told in kept["waiting"]:
+        owner = desk if place < 0 else stage.nodes[place]
+        loop.call_at(due_s, order, owner.again(told), key)
     # Last: all that was said while the parts were made is forgotten.
     stage.records.go_on(kept["records"])
 
 
-def _listed(kept: Any) -> list[dict[str, Any]]:
-    return kept if isinstance(kept, list) else [kept]
+def _waiting(stage: Stage) -> list[tuple[float, int, str, int, Waiting]]:
+    """What is on the scheduler but for the two ticks: when, and by which node (-1: the desk)."""
+    owners: list[tuple[int, Desk | NodeSchedule]] = [(-1, stage.desk), *enumerate(stage.nodes)]
+    place_of = {id(owner): place for place, owner in owners}
+    place_of[id(stage.desk.coordinator)] = -1
+    found: list[tuple[float, int, str, int, Waiting]] = []
+    for due_s, order, key, _, callback in sorted(stage.loop.heap, key=itemgetter(0, 1, 2, 3)):
+        if order in (PHYSICS, CONTROL):
+            continue
+        place = place_of.get(id(getattr(getattr(callback, "func", callback), "__self__", None)), -1)
+        told = owners[place + 1][1].told(callback)
+        if told is None:
+            raise SpecError(f"run spec: record.checkpoint_s: {callback!r} is to come at {due_s} s")
+        found.append((due_s, order, key, place, told))
+    return found
+
+
+def _parts(stage: Stage) -> dict[str, list[Any]]:
+    """Everything that has a state, beside servers and recorder."""
+    layout = stage.desk.coordinator.layout
+    return {
+        "coordinator": [stage.desk.coordinator],
+        "columns": [layout.gpus, layout.instances, layout.tenants, layout.rows],
+        "nodes": layout.nodes,
+        "schedules": stage.nodes,
+        "daemons": [node.daemon for node in stage.nodes],
+        "guards": stage.guards,
+        "controllers": stage.controllers,
+        "router": [stage.router],
+        "lean": [part for part in (stage.path, stage.reports) if part is not None],
+    }

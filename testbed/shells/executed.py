@@ -19,18 +19,16 @@ from daemons.executors import torch_worker
 from emulators.engine import Engine, Event
 from emulators.models import ModelCard, load_model
 from emulators.profiles import load_gpu
-from emulators.server import NO_SLOTS, GivenUp, gaps_of, readings_of, tune_engine
+from emulators.server import GivenUp, gaps_of, readings_of, tune_engine
 from emulators.timing import IterationCost
 from testbed.core.errors import DeviceError, SpecError
 from testbed.core.messages import (
     InstanceConfig,
     InstanceReadings,
-    NodeConfig,
     Request,
-    SlotReadings,
-    StartHow,
     TuneKind,
 )
+from testbed.shells.fixed import FixedServing
 
 _DEFAULT_KV_BLOCKS = 2048
 _START_TIMEOUT_S = 120.0
@@ -99,7 +97,7 @@ def shape_of(model: ModelCard) -> dict[str, int]:
     }
 
 
-class ExecutedServing:
+class ExecutedServing(FixedServing):
     """Instances whose iterations are real; answers `daemons.seams.Serving`.
 
     Args:
@@ -173,20 +171,6 @@ class ExecutedServing:
                 ended = True
         return ended
 
-    def configure_slots(self, config: NodeConfig, t_s: float) -> None:
-        """Refuse: workers load their model once."""
-        raise DeviceError(
-            "instances of real engines are fixed: cluster.elastic needs emulated GPUs"
-        )
-
-    def arrange(
-        self, sequence: int, instances: list[InstanceConfig], how: StartHow, t_s: float
-    ) -> None:
-        """Refuse, as `configure_slots`."""
-        raise DeviceError(
-            "instances of real engines are fixed: cluster.elastic needs emulated GPUs"
-        )
-
     def tune(self, kind: TuneKind, instances: list[int], values: list[float], t_s: float) -> None:
         """A quick change to some instances."""
         for instance, value in zip(instances, values, strict=True):
@@ -233,10 +217,6 @@ class ExecutedServing:
     def read(self, t_s: float) -> InstanceReadings:
         """Queue, batch and KV use of each instance."""
         return readings_of([worker.engine for worker in self._workers], t_s)
-
-    def slots(self) -> SlotReadings:
-        """Instances are fixed."""
-        return NO_SLOTS
 
     def close(self) -> None:
         """End the workers."""

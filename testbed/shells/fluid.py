@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,6 +83,32 @@ class Endpoint:
     """Requests per second at a time of the run."""
     num_vms: int
     start: Config
+
+
+class _Kinds(NamedTuple):
+    """Configurations and endpoints in columns."""
+
+    model: Ints
+    precision: Ints
+    tp: Ints
+    """Per configuration; the first two as the view numbers them."""
+    start: Ints
+    """Configuration that an endpoint begins with."""
+    prompt_tokens: Floats
+    output_tokens: Floats
+    """Per endpoint."""
+
+    @classmethod
+    def of(cls, configs: list[Config], endpoints: list[Endpoint], view: View) -> _Kinds:
+        """The columns."""
+        return cls(
+            np.array([view.models.index(config.model) for config in configs]),
+            np.array([PRECISIONS.index(config.precision) for config in configs]),
+            np.array([config.tp for config in configs]),
+            np.array([configs.index(end.start) for end in endpoints]),
+            np.array([end.lengths.prompt_tokens for end in endpoints]),
+            np.array([end.lengths.output_tokens for end in endpoints]),
+        )
 
 
 @dataclass(slots=True)
@@ -192,6 +218,7 @@ class FluidFleet:
         self.tally = Tally(heat_c=np.zeros(self.servers), server_max_w=np.zeros(self.servers))
         self._was_capped: Bools = np.zeros(self.servers, np.bool_)
         self.view = self._make_view()
+        self._kinds = _Kinds.of(self.configs, self.endpoints, self.view)
 
     # Set-up.
 
@@ -407,14 +434,10 @@ class FluidFleet:
         there = self.config >= 0
         instances.pool[:] = np.where(there, pools, -1)
         instances.up[:] = self._ready
-        models = self.view.models
-        for name, values in (
-            ("model", [models.index(c.model) for c in self.configs]),
-            ("precision", [PRECISIONS.index(c.precision) for c in self.configs]),
-            ("num_gpus", [c.tp for c in self.configs]),
-        ):
-            empty = 0 if name == "num_gpus" else -1
-            getattr(instances, name)[:] = np.where(there, np.array(values)[self.config], empty)
+        kinds = self._kinds
+        instances.model[:] = np.where(there, kinds.model[self.config], -1)
+        instances.precision[:] = np.where(there, kinds.precision[self.config], -1)
+        instances.num_gpus[:] = np.where(there, kinds.tp[self.config], 0)
         instances.state[:] = np.where(~there, OFF, np.where(self._ready, UP, STARTING))
         instances.ready_s[:] = self.ready_s
         instances.max_num_seqs[:] = np.where(there, self.batch, 0)
@@ -422,9 +445,8 @@ class FluidFleet:
         instances.num_running[:] = np.rint(self._flow.num_running)
         instances.num_waiting[:] = np.rint(self.backlog)
         instances.outstanding_requests[:] = instances.num_running + instances.num_waiting
-        lengths = [e.lengths for e in self.endpoints]
-        prompt = np.array([one.prompt_tokens for one in lengths])[np.maximum(pools, 0)]
-        output = np.array([one.output_tokens for one in lengths])[np.maximum(pools, 0)]
+        prompt = kinds.prompt_tokens[np.maximum(pools, 0)]
+        output = kinds.output_tokens[np.maximum(pools, 0)]
         instances.outstanding_tokens[:] = instances.outstanding_requests * (prompt + output)
         instances.prompt_tokens_total += np.rint(served * dt_s * prompt).astype(np.int64)
         instances.output_tokens_total += np.rint(served * dt_s * output).astype(np.int64)
@@ -532,10 +554,9 @@ class FluidFleet:
         ttft_limit, itl_limit = np.array(limits)[pool].T
         late = (ttft_s > ttft_limit) | (itl_s > itl_limit)
         tally.late += float(done[late].sum())
-        own = np.array([self.view.models.index(e.start.model) for e in self.endpoints])
-        ours = np.array([PRECISIONS.index(e.start.precision) for e in self.endpoints])
-        table = self.view.model_quality_frac
-        quality = table[self.instances.model, self.instances.precision] / table[own, ours][pool]
+        table, kinds = self.view.model_quality_frac, self._kinds
+        own = table[kinds.model[kinds.start], kinds.precision[kinds.start]]
+        quality = table[self.instances.model, self.instances.precision] / own[pool]
         at = np.where(done > 0, quality, 0.0)
         tally.quality += float((at * done).sum())
         best = self._reference_itl_s(served)
@@ -567,8 +588,7 @@ class FluidFleet:
     def _reference_itl_s(self, served: Floats) -> Floats:
         """Time per token of the pool's own configuration at full clock and this rate."""
         pool = np.maximum(self.instances.pool, 0)
-        start = np.array([self.configs.index(e.start) for e in self.endpoints])
-        which = pool * len(self.configs) + start[pool]
+        which = pool * len(self.configs) + self._kinds.start[pool]
         return self._tables.at(which, served, np.ones(self.servers)).itl_s
 
 

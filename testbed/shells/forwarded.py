@@ -24,17 +24,15 @@ from urllib.parse import urlsplit
 from prometheus_client.parser import text_string_to_metric_families
 
 from emulators.engine import Event, EventKind, ItlHistogram
-from emulators.server import NO_SLOTS, GivenUp
+from emulators.server import GivenUp
 from testbed.core.errors import DeviceError, SpecError
 from testbed.core.messages import (
     InstanceConfig,
     InstanceReadings,
-    NodeConfig,
     Request,
-    SlotReadings,
-    StartHow,
     TuneKind,
 )
+from testbed.shells.fixed import FixedServing
 
 _MAX_STREAMS = 256
 _TIMEOUT_S = 300.0
@@ -45,7 +43,7 @@ _KV = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 _PREEMPTIONS = "vllm:num_preemptions"
 
 
-class ForwardedServing:
+class ForwardedServing(FixedServing):
     """One instance behind a URL; answers `daemons.seams.Serving`.
 
     Args:
@@ -113,20 +111,6 @@ class ForwardedServing:
                         name = sample.name.removesuffix("_total")
                         found[name] = found.get(name, 0.0) + sample.value
                 self._scraped = found
-
-    def configure_slots(self, config: NodeConfig, t_s: float) -> None:
-        """Refuse: a server is one instance."""
-        raise DeviceError(
-            "instances of real engines are fixed: cluster.elastic needs emulated GPUs"
-        )
-
-    def arrange(
-        self, sequence: int, instances: list[InstanceConfig], how: StartHow, t_s: float
-    ) -> None:
-        """Refuse, as `configure_slots`."""
-        raise DeviceError(
-            "instances of real engines are fixed: cluster.elastic needs emulated GPUs"
-        )
 
     def tune(self, kind: TuneKind, instances: list[int], values: list[float], t_s: float) -> None:
         """Refuse: nothing in the protocol sets a server's batch or queue."""
@@ -228,10 +212,6 @@ class ForwardedServing:
             output_tokens_total=[self._output_tokens],
             preemptions_total=[int(scraped.get(_PREEMPTIONS, 0))],
         )
-
-    def slots(self) -> SlotReadings:
-        """Instances are fixed."""
-        return NO_SLOTS
 
     def close(self) -> None:
         """Stop waiting for the server; it goes on by itself."""

@@ -26,6 +26,9 @@ from testbed.coordinator.loop import Coordinator
 from testbed.core.clock import DELIVERY, SERVING, VirtualScheduler
 from testbed.core.messages import GpuReadings, InstanceReadings, Request, Submit
 
+LEAN_DELAY_S = 0.4
+"""Longest delay with which all nodes have joined by time zero, a second after they began to."""
+
 
 class RequestPath:
     """Requests between coordinator and engines.
@@ -33,6 +36,8 @@ class RequestPath:
     Three queues that are in order of time by themselves (arrivals, requests on their way to an
     engine, news on their way back) and the heap of the engines, beside the scheduler's own.
     """
+
+    WIRED = ("coordinator", "_loop", "_servers", "_delay_s", "_requests", "_next")
 
     def __init__(
         self,
@@ -121,6 +126,11 @@ class BankReports:
     A node whose limits are where they should be costs a look; only those that move, or whose
     limits somebody else has touched, take the steps that a daemon takes.
     """
+
+    WIRED = (
+        "coordinator", "_loop", "_servers", "_daemons", "_guards", "_delay_s", "_tell", "_limits",
+        "_node_of",
+    )  # fmt: skip
 
     def __init__(
         self,

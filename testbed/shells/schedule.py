@@ -22,6 +22,7 @@ from testbed.core.clock import (
     CONTROL,
     DELIVERY,
     SERVING,
+    Callback,
     LiveScheduler,
     Scheduler,
     VirtualScheduler,
@@ -31,6 +32,8 @@ from testbed.core.spec import RunSpec
 from testbed.recorder.writer import Recorder
 
 Progress = Callable[["Status"], None]
+Waiting = tuple[str, Envelope | None]
+"""What a callback on the scheduler will do, and with which message."""
 
 
 @dataclass(slots=True)
@@ -71,6 +74,8 @@ class Parts:
 class NodeSchedule:
     """A node daemon with its schedule: who is called when, on any scheduler."""
 
+    WIRED = ("daemon", "_loop")
+
     def __init__(self, daemon: NodeDaemon, loop: Scheduler) -> None:
         self.daemon = daemon
         self._loop = loop
@@ -102,6 +107,21 @@ class NodeSchedule:
         if next_s < self._wake_s:
             self._wake_s = next_s
             self._loop.call_at(next_s, SERVING, self._serve, self.daemon.name)
+
+    # For checkpoints: what waits on the scheduler, as data.
+
+    def told(self, callback: Callback) -> Waiting | None:
+        """What a callback of ours will do; None if it is somebody else's."""
+        if callback == self._serve:
+            return "serve", None
+        if isinstance(callback, partial) and callback.func == self._take:
+            return "take", callback.args[0]
+        return None
+
+    def again(self, told: Waiting) -> Callback:
+        """The callback that does it."""
+        _, envelope = told
+        return self._serve if envelope is None else partial(self._take, envelope)
 
 
 _source = attrgetter("source")
@@ -149,6 +169,31 @@ class Desk:
             self._loop.call_at(moment[0], DELIVERY, partial(self._take_reports, moment))
             del words[_TOGETHER_MAX:]
         self.coordinator.on_reports(merge(words), moment[1], now_s)
+
+    # For checkpoints, as those of `NodeSchedule`.
+
+    def told(self, callback: Callback) -> Waiting | None:
+        """What a callback of ours will do, ticks apart; None if it is somebody else's."""
+        if not isinstance(callback, partial):
+            return None
+        if callback.func == self._arrive:
+            return "arrive", None
+        if callback.func == self.coordinator.on_message:
+            return "message", callback.args[0]
+        return None
+
+    def again(self, told: Waiting) -> Callback:
+        """The callback that does it; of an arrival, the next of the workload."""
+        kind, envelope = told
+        if kind == "arrive":
+            return partial(self._arrive, next(self._parts.requests))
+        assert envelope is not None
+        return partial(self.coordinator.on_message, envelope)
+
+    def skip(self, count: int) -> None:
+        """Go on after the first ``count`` requests of the workload, which have arrived already."""
+        for _ in range(count):
+            next(self._parts.requests)
 
     def begin(self, *, arrivals: bool = True) -> None:
         """Start ticks and, unless somebody else brings the requests, arrivals."""

@@ -25,12 +25,9 @@ from testbed.core.messages import Bye, Envelope
 from testbed.core.transport.memory import Network
 from testbed.shells.checkpoint import Checkpoints, Stage
 from testbed.shells.checkpoint import check as check_checkpoints
-from testbed.shells.lean import BankReports, RequestPath
+from testbed.shells.lean import LEAN_DELAY_S, BankReports, RequestPath
 from testbed.shells.plant import emulated_bank, gpu_faults, tenant_plan
 from testbed.shells.schedule import Desk, NodeSchedule, Parts
-
-_LEAN_DELAY_S = 0.4
-"""Longest delay with which all nodes have joined by time zero, a second after they began to."""
 
 
 class NoJournal(Journal):
@@ -76,7 +73,7 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
         keep_segments=spec.record.segments,
     )
     path: RequestPath | None = None
-    odd = transport.jitter_s or transport.delay_s > _LEAN_DELAY_S or spec.cluster.elastic
+    odd = transport.jitter_s or transport.delay_s > LEAN_DELAY_S or spec.cluster.elastic
     if not (by_message or odd):
         path = RequestPath(loop, servers, transport.delay_s, parts.requests)
     desk = Desk(parts, loop)
@@ -103,23 +100,21 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
             daemons = [node.daemon for node in nodes]
             bank = BankReports(loop, servers, daemons, guards, transport.delay_s, path.tell)
             bank.coordinator = desk.coordinator
-    stage: Stage | None = None
-    if path is not None and bank is not None:
-        stage = Stage(
-            spec=spec,
-            records=parts.records,
-            loop=loop,
-            servers=servers,
-            daemons=[node.daemon for node in nodes],
-            guards=guards,
-            coordinator=desk.coordinator,
-            controllers=parts.controllers,
-            router=parts.router,
-            path=path,
-            reports=bank,
-        )
+    stage = Stage(
+        spec=spec,
+        records=parts.records,
+        loop=loop,
+        servers=servers,
+        nodes=nodes,
+        guards=guards,
+        desk=desk,
+        controllers=parts.controllers,
+        router=parts.router,
+        path=path,
+        reports=bank,
+    )
     if spec.record.checkpoint_s:
-        check_checkpoints(spec, lean=stage is not None)
+        check_checkpoints(spec)
     # Nodes join before time zero, as they do in a live run.
     loop.now_s = -1.0
     for node in nodes:
@@ -144,7 +139,7 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
         ticks += 1
         loop.call_at(ticks * period_s, PHYSICS, tick)
 
-    if stage is not None and spec.record.checkpoint_s:
+    if spec.record.checkpoint_s:
         checkpoints = Checkpoints(stage, lambda: (ticks, desk.ticks))
         desk.on_tick = checkpoints.after_tick
         if parts.checkpoint is not None:
@@ -153,7 +148,7 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
             ticks, desk.ticks = kept["ticks"]
     run = path.run if path is not None else loop.run
     loop.call_at(ticks * period_s, PHYSICS, tick)
-    desk.begin(arrivals=path is None)
+    desk.begin(arrivals=path is None and parts.checkpoint is None)
     with rare_collections():
         run(math.inf)
     end_s = loop.now_s

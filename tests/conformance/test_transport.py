@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -37,6 +39,7 @@ from testbed.core.messages import report as packed
 from testbed.core.transport.base import COORDINATOR, Hub, Spoke
 from testbed.core.transport.memory import Network
 from testbed.core.transport.zmq import Curve, ZmqHub, ZmqSpoke, generate_keys
+from tests.conftest import ROOT
 
 DELAY_S = 0.005
 NODE = "row0/rack0/node000"
@@ -813,3 +816,47 @@ def test_new_keys_are_private_and_never_overwrite_old_ones(tmp_path):
     with pytest.raises(TransportError, match="File exists"):
         generate_keys(tmp_path / "keys", NODE)
     assert secret.read_text() == before
+
+
+DROPPED = """
+import gc, os, sys
+from pathlib import Path
+from testbed.core.messages import Heartbeat
+from testbed.core.transport.zmq import Curve, ZmqHub, ZmqSpoke, generate_keys
+
+def ends():
+    hub_keys = node_keys = None
+    if sys.argv[2:]:
+        folder = Path(sys.argv[2])
+        public, secret = generate_keys(folder / "hub", "hub")
+        hub_keys = Curve(secret, clients=folder / "nodes")
+        node_keys = Curve(generate_keys(folder / "nodes", "node")[1], server=public)
+    hub = ZmqHub("tcp://127.0.0.1:0", print, 0.0, now_s=lambda: 0.0, curve=hub_keys)
+    spoke = ZmqSpoke(hub.endpoint, "node", 1, print, 0.0, now_s=lambda: 0.0, curve=node_keys)
+    for _ in range(100):  # something is queued, and nobody will take it
+        spoke.send(Heartbeat(), 0.0)
+    hub.itself, spoke.itself = hub, spoke  # so that only a collection finds them
+    return hub, spoke
+
+kept = ends()
+if sys.argv[1] == "dropped":
+    kept = None
+    gc.collect()
+    print("collected", flush=True)
+if sys.argv[1] == "forked" and os.fork() == 0:
+    kept = None
+    gc.collect()
+"""
+
+
+@pytest.mark.parametrize("curve", [False, True])
+@pytest.mark.parametrize("how", ["dropped", "kept", "forked"])
+def test_ends_that_nobody_closes_do_not_hang(tmp_path, how, curve):
+    """Left to the garbage collector, or to the end of the process, also with CURVE's thread."""
+    command = [sys.executable, "-c", DROPPED, how, *([str(tmp_path)] if curve else [])]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=20, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("collected" in done.stdout) == (how == "dropped")

@@ -9,6 +9,7 @@ from emulators import native, server
 from emulators.gpu import GpuBank
 from emulators.profiles import available_gpus, load_gpu
 from emulators.state import GpuState
+from testbed.core.freeze import freeze, thaw
 
 COUNT, TICKS = 24, 400
 COLUMNS = ("clock_frac", "power_w", "demand_w", "enforced_w", "energy_j")
@@ -91,12 +92,12 @@ def test_a_restored_bank_goes_on_where_it_was():
     draw = np.random.default_rng(2)
     for _ in range(20):
         kernel.advance(0.1, *work(draw))
-    kept = kernel.save()
+    kept = freeze(kernel.save())
     later = [work(draw) for _ in range(20)]
     for done in later:
         kernel.advance(0.1, *done)
     for bank in pair("h100-sxm"):
-        bank.restore(kept)
+        bank.restore(thaw(kept))
         for done in later:
             bank.advance(0.1, *done)
         assert kernel.state.measured.tobytes() == bank.state.measured.tobytes()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from testbed import rig
 from testbed.core.spec import parse_spec
-from testbed.experiment import find_experiment, load_beside
+from testbed.experiment import find_experiment, load_beside, shown
 from testbed.recorder.reader import Recording
 from tests.conftest import ROOT, cli
 
@@ -112,6 +115,48 @@ def test_a_quick_experiment_has_rows_for_what_is_comparable(tmp_path):
     assert safety
     assert all(row["baseline"] > 0 and row["ours"] == 0 for row in safety)
     assert result["declared"]
+    check_readme(result, tmp_path)
+
+
+def check_readme(result, tmp_path):
+    """What the README says is what the run says, in the places that are marked for it."""
+    copy = tmp_path / "README.md"
+    before = (EXPERIMENT.folder / "README.md").read_text(encoding="utf-8")
+    copy.write_text(before, encoding="utf-8")
+    readme = load_beside(PLACE, "readme")
+    readme.write(Path(result["folder"]), copy)
+    text = copy.read_text(encoding="utf-8")
+    [row] = [row for row in result["rows"] if (row["metric"], row["arm"]) == ("energy, day", TAPAS)]
+    assert f"| energy, a day, % | 0 | {shown(row['ours'])} | - |" in text
+    outside = re.compile(r"(<!-- (.+?) -->).*?<!-- /\2 -->", re.S)
+    assert outside.sub(r"\1", text) == outside.sub(r"\1", before), "the rest is left alone"
+    [line] = [line for line in text.splitlines() if line.startswith("| all three | -")]
+    assert "| 0 |" in line, "nothing is capped on the crowded day"
+    picture = ElementTree.parse(tmp_path / "figure.svg").getroot()
+    words = {element.text for element in picture.iter() if element.tag.endswith("text")}
+    assert {"Hottest GPU of each server, day +40%: TAPAS", "limit", "kW", "row 1"} <= words
+
+
+@pytest.mark.live
+def test_the_command_runs_over_zeromq(tmp_path):
+    done = cli("experiment", "tapas", "--mode", "emulated", "--quick", "--json", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["mode"], result["runs"], result["provenance"]["time"]) == (
+        "emulated",
+        2,
+        "measured",
+    )
+    rows = {row["metric"]: row for row in result["rows"]}
+    kept = rows["power of opaque VMs while a UPS is out, over before"]
+    assert kept["baseline"] < 85.0
+    assert kept["ours"] > 97.0
+    assert rows["highest row power before the loss"]["paper"] == -20.0
+    copy = tmp_path / "README.md"
+    copy.write_text((EXPERIMENT.folder / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    load_beside(PLACE, "readme").write(Path(result["folder"]), copy)
+    assert f"| {shown(kept['baseline'])} | {shown(kept['ours'])} |" in copy.read_text()
+    assert (Path(result["folder"]) / "report.html").exists()
 
 
 def test_the_run_file_works_as_it_is(tmp_path):

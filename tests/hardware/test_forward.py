@@ -12,8 +12,9 @@ import pytest
 
 from daemons.devices import cgroup
 from testbed.core.errors import DeviceError, SpecError
-from testbed.core.messages import EngineConfig, InstanceConfig, Request
+from testbed.core.messages import EngineConfig, InstanceConfig, NodeConfig, Request
 from testbed.recorder.reader import Recording
+from testbed.shells.executed import ExecutedServing
 from testbed.shells.forwarded import ForwardedServing
 from testbed.shells.node import readable
 from tests.conftest import cli
@@ -129,6 +130,25 @@ def test_no_server_is_a_clear_error():
     serving = ForwardedServing("http://127.0.0.1:9", lambda: 0.0, lambda fd: None)
     with pytest.raises(DeviceError, match="v1/models"):
         serving.configure([instance()], 0.0)
+
+
+@pytest.mark.parametrize("kind", ["torch", "server"])
+def test_instances_of_real_engines_stay_as_they_are(kind):
+    """A node that is asked for others says so, and does not fall over later."""
+    if kind == "torch":
+        serving = ExecutedServing("cpu", lambda gpu, pid: None, lambda: 0.0, lambda fd: None)
+    else:
+        serving = ForwardedServing("http://127.0.0.1:9", lambda: 0.0, lambda fd: None)
+    config = NodeConfig(
+        name="n", instances=[instance()], safe_power_limit_w=[400.0], sample_period_s=0.1,
+        lease_s=5.0, ramp_down_w_per_s=100.0, ramp_up_w_per_s=50.0, delay_s=0.0, elastic=True,
+    )  # fmt: skip
+    with pytest.raises(DeviceError, match=r"cluster\.elastic needs emulated GPUs"):
+        serving.configure_slots(config, 0.0)
+    with pytest.raises(DeviceError, match="no layout 3"):
+        serving.arrange(3, [instance()], "cold", 0.0)
+    assert serving.slots().serial == []
+    serving.close()
 
 
 @pytest.mark.live

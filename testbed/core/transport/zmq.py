@@ -19,7 +19,8 @@ Traps that this file knows (libzmq 4.3, each tried out):
 - CURVE without an authenticator lets every client in, also when the authenticator has died, unless
   ZAP_ENFORCE_DOMAIN is set;
 - a message above MAXMSGSIZE makes the receiver cut the connection, so it is dropped at the sender;
-- contexts do not survive a fork.
+- contexts do not survive a fork;
+- a context that is collected as garbage together with its sockets waits for them for ever.
 
 A node may speak through a relay (`testbed.shells.relay`), or through a connection that it shares
 with others of its process (`testbed.core.transport.shared`): its control messages then arrive
@@ -36,6 +37,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -123,12 +125,36 @@ def _write_new(path: Path, text: str, *, mode: int) -> None:
         file.write(text)
 
 
+class _Context(zmq.Context[zmq.Socket[bytes]]):
+    """A context that closes its own sockets before it ends, also as garbage.
+
+    pyzmq's knows them by weak references, which are gone when it is collected together with them:
+    it then waits for ever for sockets that nobody closes.
+    """
+
+    made: tuple[zmq.Socket[bytes], ...] = ()
+    pid = 0
+
+    def socket(self, *args: Any, **options: Any) -> zmq.Socket[bytes]:
+        """As pyzmq's."""
+        socket: zmq.Socket[bytes] = super().socket(*args, **options)
+        self.made = (*(each for each in self.made if not each.closed), socket)
+        return socket
+
+    def __del__(self) -> None:
+        if os.getpid() == self.pid:  # a forked child has no part in them
+            for socket in self.made:
+                socket.close(0)
+        super().__del__()
+
+
 def new_context(io_threads: int = 1) -> zmq.Context[zmq.Socket[bytes]]:
     """A context whose I/O threads are as urgent as this thread, which waits for what they bring.
 
     Not more: they would run for every single message, and take more time than all the rest.
     """
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
+    context = _Context(io_threads)
+    context.pid = os.getpid()
     if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO:
         context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_FIFO)
         context.set(zmq.THREAD_PRIORITY, os.sched_getparam(0).sched_priority)
