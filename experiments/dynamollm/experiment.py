@@ -18,6 +18,7 @@ from testbed.analysis.ledger import ledger, read_energy
 from testbed.core.spec import LedgerSpec, RunSpec, parse_spec
 from testbed.experiment import Case, Options, Results, Row, Values, measure_run
 from testbed.policies.dynamollm import DynamoLLM
+from testbed.policies.dynamollm.forecast import surge_rps
 from testbed.profiling import profile_of
 from testbed.recorder.reader import Recording
 from testbed.workloads import open_workload
@@ -71,8 +72,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "20 % mispredicted": ({"predictor_error": 0.2}, []),
     "40 % mispredicted": ({"predictor_error": 0.4}, []),
     "60 % mispredicted": ({"predictor_error": 0.6}, []),
-    LADDER: ({"ladder": False}, []),
-    "no template": ({"template_rps": []}, []),
+    LADDER: ({"rungs": 0}, []),
+    "no template": ({"template_rps": [], "surge_rps": 0.0}, []),
 }
 SPREAD = "DynamoLLM, least-loaded router"
 """Spreads requests evenly: a little more energy, fewer misses. Careful in another way."""
@@ -142,7 +143,7 @@ def cases(options: Options) -> list[Case]:
                 found.append(_case("SinglePool", scenario, seed, _provisioned(factor), params))
     for seed in seeds:
         # Its bursts are the overload that the ladder is for.
-        found.append(_case("DynamoLLM", "coding hour", seed, LADDER, {"ladder": False}))
+        found.append(_case("DynamoLLM", "coding hour", seed, LADDER, {"rungs": 0}))
     for name, (params, fields) in VARIANTS.items():
         for seed in seeds:
             found.append(_case("DynamoLLM", "conversation hour", seed, name, params, fields))
@@ -224,9 +225,16 @@ def _template(spec: RunSpec) -> dict[str, Any]:
         rps = np.histogram(arrival_s, np.arange(count + 1) * fine_s)[0] / fine_s
         if scale > 1:
             rps = np.convolve(rps, np.ones(10) / 10, "same")
+        usual_rps = rps.reshape(-1, per_window).max(axis=1)
+        step_s = _periods(spec)["period_s"]
+        steps = np.histogram(arrival_s, np.arange(0.0, spec.duration_s + step_s / 2, step_s))[0]
+        sure_rps = (steps - 2.0 * np.sqrt(steps)) / step_s
+        window = np.arange(len(steps)) * step_s // (per_window * fine_s)
+        np.maximum.at(usual_rps, np.minimum(window.astype(int), len(usual_rps) - 1), sure_rps)
         _templates[key] = {
-            "template_rps": rps.reshape(-1, per_window).max(axis=1).round(3).tolist(),
+            "template_rps": usual_rps.round(3).tolist(),
             "template_window_s": per_window * fine_s,
+            "surge_rps": round(surge_rps(steps.astype(float), step_s), 3),
         }
     return _templates[key]
 
