@@ -345,7 +345,7 @@ def test_the_ladder_climbs_a_rung_a_second_and_comes_down_at_once():
     made, view, slot = in_trouble()
     rungs = [said_next(made, view) for _ in range(4)]
     kinds = [[type(c) for c in said] for said in rungs]
-    assert kinds == [[OrderQueue], [LockClocks], [RecallWaiting], [RecallWaiting, Squash]]
+    assert kinds == [[OrderQueue], [LockClocks], [RecallWaiting], [Squash, RecallWaiting]]
     assert rungs[0][0].by == "deadline"
     assert set(rungs[1][0].sm_clock_mhz) == {0.0}
     assert all(c.instances.tolist() == [slot] for c in (*rungs[0], *rungs[2], *rungs[3]))

@@ -55,6 +55,8 @@ _GRAIN = 0.02
 _FASTER, _RECALL, _SQUASH = 2, 3, 4
 """Rungs of the ladder; the first orders queues by deadline."""
 RUNGS = _SQUASH
+FASTER_WHY = "more is due than can be met"
+"""Why the ladder sets clocks: by this its second rung is known in a recording."""
 _EMPTY: tuple[str, Shape] = ("", ())
 """A node without a pool."""
 _SHORT_STEPS = 12
@@ -192,7 +194,7 @@ class DynamoLLM:
         self._routes: dict[str, list[_Entry]] = {}
         self._trouble: dict[int, int] = {}
         self._locked: dict[int, float] = {}
-        self._plans: dict[tuple[Shapes, int, float], list[Kind]] = {}
+        self._plans: dict[tuple[Shapes, int, float, Shape], list[Kind]] = {}
 
     def learn(self, profile: ServingProfile) -> None:
         """Take the profile that plans are made with."""
@@ -411,12 +413,15 @@ class DynamoLLM:
             pool.mixed_frac = self._capacity.mixed_frac(name, mix)
             gpus = len(pool.nodes) * self._gpus_per_node
             load = math.ceil(sum(mix.values()) / _GRAIN) * _GRAIN
-            key = (pool.shapes, gpus, load)
+            before = {node: self._want[node][1] for node in pool.nodes}
+            held = tuple(sorted(tp for shape in before.values() for tp in shape))
+            key = (pool.shapes, gpus, load, held)
             if key not in self._plans:
                 kinds = kinds_of(pool.shapes, allowed, free_clock=self.frequency)
-                self._plans[key] = plan(kinds, gpus, load, use_all=use_all, empty_w=self.empty_w)
+                self._plans[key] = plan(
+                    kinds, gpus, load, use_all=use_all, empty_w=self.empty_w, held=held
+                )
             pool.planned = self._plans[key]
-            before = {node: self._want[node][1] for node in pool.nodes}
             tps = [kind.tp for kind in pool.planned]
             shapes = fit(tps, before, pool.nodes, gpus_per_node=self._gpus_per_node)
             for node, shape in shapes.items():
@@ -512,7 +517,7 @@ class DynamoLLM:
             self._due_most_tokens[slot] = least_s * top_tps
             clock = self._top
             if self.frequency and self._trouble.get(slot, 0) < _FASTER:
-                surge = surges[pool.name] * tp / (len(pool.nodes) * self._gpus_per_node)
+                surge = surges[pool.name] * tp / max(tp, len(pool.nodes) * self._gpus_per_node)
                 clock = pool.shapes.clock_for(place, load * (1.0 + self.headroom_frac) + surge)
             clocks.append((slot, tp, clock))
             card = pool.shapes.card(place, clock)
@@ -532,7 +537,7 @@ class DynamoLLM:
         self._routes = routes
         return self._set_clocks(clocks) + self._climb(view)
 
-    def _set_clocks(self, clocks: list[tuple[int, int, int]]) -> list[Command]:
+    def _set_clocks(self, clocks: list[tuple[int, int, int]], why: str = "") -> list[Command]:
         """Lock the GPUs whose clock is to change."""
         gpus: list[int] = []
         values: list[float] = []
@@ -543,7 +548,7 @@ class DynamoLLM:
                     self._locked[gpu] = mhz
                     gpus.append(gpu)
                     values.append(mhz)
-        return [LockClocks(np.array(gpus), np.array(values))] if gpus else []
+        return [LockClocks(np.array(gpus), np.array(values), why)] if gpus else []
 
     def _climb(self, view: View) -> list[Command]:
         """The ladder: a rung higher wherever there still is trouble, down at once where not.
@@ -564,15 +569,15 @@ class DynamoLLM:
         if len(calm):
             commands.append(OrderQueue(calm, "arrival", "calm again"))
         if new:
-            commands.append(OrderQueue(np.array(new), "deadline", "more is due than can be met"))
+            commands.append(OrderQueue(np.array(new), "deadline", FASTER_WHY))
         if self.frequency:
             num_gpus = view.instances.num_gpus
             fast = [(slot, int(num_gpus[slot]), self._top) for slot in self._on(_FASTER).tolist()]
-            commands += self._set_clocks(fast)
+            commands += self._set_clocks(fast, FASTER_WHY)
+        if len(stuck := self._on(_SQUASH)):  # before the others leave: they would come back
+            commands.append(Squash(stuck, why="past their deadline"))
         if len(stuck := self._on(_RECALL)):
             commands.append(RecallWaiting(stuck, "it does not clear at the highest clock"))
-        if len(stuck := self._on(_SQUASH)):
-            commands.append(Squash(stuck, why="past their deadline"))
         return commands
 
     def _on(self, rung: int) -> Ints:
