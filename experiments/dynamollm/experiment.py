@@ -90,9 +90,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no template": ({"template_rps": [], "surge_rps": 0.0}, []),
 }
 CAREFUL: dict[str, dict[str, Any]] = {
-    "DynamoLLM, slack 70 %": {"slack_frac": 0.7},
-    "DynamoLLM, slack 40 %": {"slack_frac": 0.4},
     "DynamoLLM, headroom 40 %": {"headroom_frac": 0.4},
+    "DynamoLLM, headroom 80 %": {"headroom_frac": 0.8},
+    "DynamoLLM, slack 50 %": {"slack_frac": 0.5},
 }
 """DynamoLLM that misses fewer limits for more energy: what its parameters are changed to."""
 FACTORS = (0.6, 0.8)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from experiments.dynamollm import publish
 from testbed import profiling
 from testbed.core.spec import parse_spec
 from testbed.experiment import Options, Result, Results, find_experiment
@@ -105,6 +107,11 @@ def test_rows_compare_with_the_paper_and_figures_are_drawn():
     assert {r.mark for r in rows} <= {"paper", "secondary", "uncertain", "ours"}
     from testbed.experiment import _figures
 
+    text = publish.tables(results)
+    assert "| **DynamoLLM** | -50 ± 0.0 %, 99.00 % |" in text
+    assert "| no ladder | 99.00 % | 16.0 s | 3 | 2 | 1 | 0 |" in text
+    assert ElementTree.fromstring(publish.draw(results)).tag.endswith("svg")
+
     drawn = _figures(EXPERIMENT, results)
     assert len(drawn) == 12
     assert all(trace for figure in drawn for trace in figure.data)
@@ -140,19 +147,19 @@ def test_each_rung_of_the_ladder_is_stood_on_where_there_is_too_much_load(coarse
     counted = whole["ladder"]  # clocks are at their highest as planned
     assert min(counted[rung] for rung in ("ordered", "recalled", "squashed")) > 0
     assert whole["requests"]["rejected"] == whole["ladder"]["squashed"]
-    assert whole["attained_frac"] > 1.2 * without["attained_frac"]
+    assert whole["attained_frac"] > without["attained_frac"] + 0.05
     # A queue that is not cut back only grows.
     assert whole["ttft_s"]["p99"] < without["ttft_s"]["p99"]
 
 
 def test_where_no_margin_attains_as_much_the_row_says_so_and_names_no_target():
-    attained = {"SinglePool": 0.999, "DynamoLLM": 0.98, "DynamoLLM, slack 40 %": 0.99}
+    attained = {"SinglePool": 0.999, "DynamoLLM": 0.98, "DynamoLLM, slack 50 %": 0.99}
     runs = [
         Result(c, values(10.0, attained.get(c.arm, 0.97))) for c in MODULE.cases(Options(seeds=1))
     ]  # fmt: skip
     rows = {r.metric: r for r in MODULE.rows(Results(runs, Options()))}
     fair = rows["energy at SinglePool's attainment, coding hour"]
-    assert (fair.arm, fair.paper) == ("DynamoLLM, slack 40 %", None)
+    assert (fair.arm, fair.paper) == ("DynamoLLM, slack 50 %", None)
     assert fair.note.startswith("not reached")
     assert rows["energy at DynamoLLM's attainment, coding hour"].against == "SinglePool"
 

@@ -250,7 +250,7 @@ class DynamoLLM:
         long answer is in flight for many times the period of the instance manager. Neither sees a
         burst of a second: what the prompts that are due there would make this one wait does.
         """
-        limit_s = self._ttft_s.get(request.slo_class, self._ttft_s[name])
+        limit_s = self._slack_frac * self._ttft_s.get(request.slo_class, self._ttft_s[name])
         prompt_tokens = request.prompt_tokens + request.image_tokens
         due_tokens = view.instances.prefill_due_tokens
         up, running = view.instances.up, view.instances.outstanding_requests
