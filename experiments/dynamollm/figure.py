@@ -25,6 +25,8 @@ def figures(results: Results) -> list[Figure]:
     """All that the runs made allow."""
     found = []
     for place, scenario in enumerate(results.scenarios()):
+        if scenario == "overload":
+            continue
         arms = [arm for arm in results.arms(scenario) if arm in SYSTEMS]
         found.append(_bars(results, scenario, arms, place))
         found.append(_pareto(results, scenario, place))

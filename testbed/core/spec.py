@@ -236,6 +236,10 @@ class LedgerSpec(_Table, frozen=True):
     """List price of a virtual machine with eight H100s in 2024, an eighth of it (assumed)."""
     host_w: NotNegative = 0.0
     """What a node in use draws beside its GPUs; 0 counts GPUs alone."""
+    plant_hosts: bool = False
+    """In place of ``host_w``: nodes draw beside their GPUs what a `[plant]` says (the run's own, or
+    `PlantSpec`'s defaults), CPUs and fans by the load of their GPUs. So do nodes given back.
+    """
     pue: Annotated[float, Meta(ge=1, le=4)] = 1.0
 
 
