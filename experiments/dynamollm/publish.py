@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from testbed.analysis.figures import COLOURS, GREY, RED
+from testbed.analysis.drawing import COLOURS, GREY, RED
 from testbed.experiment import Results, find_experiment, read_results, shown
 
 HERE = Path(__file__).parent

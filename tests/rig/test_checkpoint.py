@@ -232,7 +232,6 @@ def test_killed_twice_from_the_command_line(tmp_path, small_spec):
         (["transport.jitter_s=0.01"], "not with transport.jitter_s"),
         (["transport.delay_s=0.05"], "at most 0.0125, an eighth"),
         (["mode=emulated"], "only for virtual runs"),
-        (["cluster.elastic=true"], "not with .* or cluster.elastic"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(tmp_path, overrides, message):
