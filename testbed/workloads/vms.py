@@ -57,7 +57,7 @@ def _around(service: str) -> tuple[Floats, Floats, float]:
     """Middles of hours and their demand, with the last before the first and the first after the
     last, since the days repeat; and the highest demand."""
     rpm = hourly_rpm(service)
-    middle = np.arange(-1, len(rpm) + 1) + 0.5
+    middle: Floats = np.arange(-0.5, len(rpm) + 1.0)
     return middle, np.concatenate([rpm[-1:], rpm, rpm[:1]]), float(rpm.max())
 
 
