@@ -26,8 +26,11 @@ MODULES = ("engine", "farm", "timing")
 PURE_VARIABLE = "SERVING_TESTBED_PURE"
 ONCE_VARIABLE = "SERVING_TESTBED_COMPILED"
 """Set for a command that has just been started over with a fresh build."""
+_SHARED = "shared"
+"""Folder of the library that the modules share: alone, since it comes to lie on ``sys.path``, where
+a folder called like the package would be taken for it by processes that are spawned."""
 _HERE = Path(__file__).parent
-_OPTIONS = "opt_level=3"
+_OPTIONS = "opt_level=3, shared apart"
 
 _SETUP = """
 import sys
@@ -64,7 +67,7 @@ def use(path: MutableSequence[str]) -> None:
         folder = build_folder() / "emulators"
         if folder.is_dir():
             path.insert(0, str(folder))
-            sys.path.append(str(folder.parent))  # what the modules share lies there
+            sys.path.append(str(folder.parent / _SHARED))
     except (OSError, RuntimeError):  # no home, or one that cannot be read
         return
 
@@ -126,6 +129,9 @@ def build(*, cache: Path | None = None) -> Path:
         if done.returncode or not built.is_dir():
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
             raise RuntimeError(f"mypyc {metadata.version('mypy')} failed: {lines[-1]}")
+        (built / _SHARED).mkdir()
+        for library in built.glob("*.*"):
+            library.rename(built / _SHARED / library.name)
         try:
             built.rename(folder)
         except OSError:

@@ -478,29 +478,35 @@ class Engine:
 
         Work inside an iteration is spread evenly over it.
         """
+        encode_s, prefill_s, decode_s, flops, hbm_bytes = self.totals(t_s)
+        return Activity(encode_s, prefill_s, decode_s, flops, hbm_bytes)
+
+    def totals(self, t_s: float) -> tuple[float, float, float, float, float]:
+        """`activity` as plain numbers, for whoever asks thousands of engines."""
         block = self._block
+        encode_s, prefill_s, decode_s = self._encode_s, self._prefill_s, self._decode_s
+        flops, hbm_bytes = self._flops, self._hbm_bytes
         if block is None:
-            return Activity(
-                self._encode_s, self._prefill_s, self._decode_s, self._flops, self._hbm_bytes
-            )
+            return encode_s, prefill_s, decode_s, flops, hbm_bytes
         done, part = block.done_at(t_s)
-        encode_s, prefill_s, decode_s, flops, hbm_bytes = self._work(block, done)
+        work = self._work(block, done)
+        encoding_s, prefilling_s, decoding_s, more_flops, more_bytes = work
         if part > 0.0:
             duration_s = part * (block.first_s + block.growth_s * done)
-            encoding_s = part * block.encode_s
+            part_encode_s = part * block.encode_s
             if block.chunks or block.tiles:
-                prefill_s += duration_s - encoding_s
+                prefilling_s += duration_s - part_encode_s
             else:
-                decode_s += duration_s - encoding_s
-            encode_s += encoding_s
-            flops += part * (block.flops_first + block.flops_growth * done)
-            hbm_bytes += part * (block.bytes_first + block.bytes_growth * done)
-        return Activity(
-            self._encode_s + encode_s,
-            self._prefill_s + prefill_s,
-            self._decode_s + decode_s,
-            self._flops + flops,
-            self._hbm_bytes + hbm_bytes,
+                decoding_s += duration_s - part_encode_s
+            encoding_s += part_encode_s
+            more_flops += part * (block.flops_first + block.flops_growth * done)
+            more_bytes += part * (block.bytes_first + block.bytes_growth * done)
+        return (
+            encode_s + encoding_s,
+            prefill_s + prefilling_s,
+            decode_s + decoding_s,
+            flops + more_flops,
+            hbm_bytes + more_bytes,
         )
 
     def requests(self) -> Iterator[int]:

@@ -89,35 +89,32 @@ class Farm:
 # What a tick and a sample ask of every engine: loops over engines, which compile well.
 
 
-def work_at(
-    engines: Sequence[Engine], which: list[int], t_s: float
-) -> list[tuple[float, float, float]]:
-    """Busy seconds, FLOPs and bytes since their start of some engines, advanced to ``t_s``."""
-    rows: list[tuple[float, float, float]] = []
+def work_at(engines: Sequence[Engine], which: list[int], t_s: float) -> list[float]:
+    """Busy seconds, FLOPs and bytes since its start of each of some engines, one after the other.
+
+    The engines are advanced to ``t_s``.
+    """
+    flat: list[float] = []
     for index in which:
         engine: Engine = engines[index]
         if engine.next_event_s <= t_s:
             engine.advance_to(t_s)
-        done = engine.activity(t_s)
-        rows.append((done[0] + done[1] + done[2], done[3], done[4]))
-    return rows
+        encode_s, prefill_s, decode_s, flops, hbm_bytes = engine.totals(t_s)
+        flat.append(encode_s + prefill_s + decode_s)
+        flat.append(flops)
+        flat.append(hbm_bytes)
+    return flat
 
 
-def readings_at(
-    engines: Sequence[Engine], t_s: float
-) -> list[tuple[int, int, float, int, int, int]]:
-    """A row per engine in the order of `testbed.core.messages.InstanceReadings`."""
-    rows: list[tuple[int, int, float, int, int, int]] = []
+def readings_at(engines: Sequence[Engine], t_s: float) -> list[object]:
+    """What `testbed.core.messages.InstanceReadings` says of each engine, one after the other."""
+    flat: list[object] = []
     for one in engines:
         engine: Engine = one
-        rows.append(
-            (
-                engine.num_running,
-                engine.num_waiting,
-                engine.kv_used_blocks(t_s) / engine.kv_blocks,
-                engine.prompt_tokens_total,
-                engine.output_tokens_total(t_s),
-                engine.preemptions_total,
-            )
-        )
-    return rows
+        flat.append(engine.num_running)
+        flat.append(engine.num_waiting)
+        flat.append(engine.kv_used_blocks(t_s) / engine.kv_blocks)
+        flat.append(engine.prompt_tokens_total)
+        flat.append(engine.output_tokens_total(t_s))
+        flat.append(engine.preemptions_total)
+    return flat

@@ -21,12 +21,14 @@ until it has reacted, power stands above the limit, as it does on a real board.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections import deque
 from typing import Any
 
 import numpy as np
 
+from emulators.native import BankKernel
 from emulators.power import clock_for_limit, demand_w, power_w
 from emulators.profiles import GpuProfile
 from emulators.state import MAX_PROCESSES, GpuState
@@ -52,6 +54,8 @@ _THERMAL_STEP_PER_S = 0.25
 """How fast thermal slowdown lowers the clock, as a share per second (assumed)."""
 _COOL_C = 3.0
 """Degrees under the threshold at which thermal slowdown lets go (assumed)."""
+_ALLOWED_FLOOR_FRAC = 0.85
+"""Share of the limit below which paying back does not go (assumed)."""
 
 
 class GpuBank:
@@ -65,7 +69,7 @@ class GpuBank:
         first_uuid: number from which the GPUs' UUIDs count up.
     """
 
-    WIRED = ("profile", "state", "count", "_first_uuid", "_smallest_frac", "_step_frac")
+    WIRED = ("profile", "state", "count", "_first_uuid", "_smallest_frac", "_step_frac", "_kernel")
 
     def __init__(
         self,
@@ -104,6 +108,24 @@ class GpuBank:
         self._introduce()
         zero = np.zeros(count)
         self._publish(0.0, zero, zero, np.ones(count, np.bool_), np.full(count, IDLE))
+        self._kernel = BankKernel.for_bank(count, profile, state)
+        self._bind()
+
+    def _bind(self) -> None:
+        """Have the kernel, if there is one, work on the arrays that are now the bank's."""
+        if self._kernel is None:
+            return
+        thermal = self.thermal.columns()
+        self._kernel.bind(
+            clock_frac=self.clock_frac, power_w=self.power_w, demand_w=self.demand_w,
+            enforced_w=self.enforced_w, energy_j=self.energy_j, smooth_w=self._smooth_w,
+            thermal_frac=self._thermal_frac, inlet_c=self.inlet_c, **thermal,
+        )  # fmt: skip
+        self._kernel.step.cool_c = _COOL_C
+        self._kernel.step.payback = _PAYBACK
+        self._kernel.step.allowed_floor_frac = _ALLOWED_FLOOR_FRAC
+        self._kernel.step.smallest_frac = self._smallest_frac
+        self._kernel.step.step_frac = self._step_frac
 
     def _introduce(self) -> None:
         """Write what does not change, and default limits where a client has set none yet."""
@@ -143,9 +165,47 @@ class GpuBank:
             tensor_frac: operations done over those at peak rate, mean over the tick.
             hbm_frac: bytes moved over those at peak bandwidth, mean over the tick.
         """
-        profile, control = self.profile, self.state.control
         if self._copies:
-            hbm_frac = hbm_frac + self._copied(dt_s) / (dt_s * profile.hbm_bytes_per_s)
+            hbm_frac = hbm_frac + self._copied(dt_s) / (dt_s * self.profile.hbm_bytes_per_s)
+        if self._kernel is not None:
+            self._advance_native(self._kernel, dt_s, busy_frac, tensor_frac, hbm_frac)
+        else:
+            self._advance_arrays(dt_s, busy_frac, tensor_frac, hbm_frac)
+
+    def _advance_native(
+        self,
+        kernel: BankKernel,
+        dt_s: float,
+        busy_frac: Floats,
+        tensor_frac: Floats,
+        hbm_frac: Floats,
+    ) -> None:
+        """`_advance_arrays` as machine code, but for what needs a library of functions: powers."""
+        kernel.draw(dt_s, busy_frac, tensor_frac, hbm_frac, self.unloaded_w)
+        self._time_s += dt_s
+        then_s, then_j = self._remember()
+        step = kernel.step
+        if kernel.dt_s != dt_s:
+            kernel.dt_s = dt_s
+            step.fast_decay, step.slow_decay = self.thermal.decays(dt_s)
+            step.control_decay = math.exp(-dt_s / _CONTROL_WINDOW_S)
+            step.down_share, step.up_share = self._shares(dt_s)
+            step.thermal_step = _THERMAL_STEP_PER_S * dt_s
+            step.spent_ns = round(dt_s * 1e9)
+        step.span_s = self._time_s - then_s if self.profile.power_average_s > 0 else 0.0
+        with self.state.writing():
+            kernel.settle(self.thermal.effective_w(self.power_w), then_j)
+
+    def _shares(self, dt_s: float) -> tuple[float, float]:
+        """Part of the way to its target that the clock goes in a tick, downwards and upwards."""
+        profile = self.profile
+        down = 1.0 - math.exp(-dt_s / profile.cap_reaction_s)
+        return down, 1.0 - math.exp(-dt_s / profile.cap_raise_s)
+
+    def _advance_arrays(
+        self, dt_s: float, busy_frac: Floats, tensor_frac: Floats, hbm_frac: Floats
+    ) -> None:
+        profile, control = self.profile, self.state.control
         self.power_w = power_w(profile, self.clock_frac, busy_frac, tensor_frac, hbm_frac)
         if self.unloaded_w is not None:
             self.power_w = self.power_w - self.unloaded_w
@@ -168,8 +228,8 @@ class GpuBank:
         target_frac = np.maximum(
             np.floor(target_frac / self._step_frac + 1e-9) * self._step_frac, self._smallest_frac
         )
-        lag_s = np.where(target_frac < self.clock_frac, profile.cap_reaction_s, profile.cap_raise_s)
-        moved = self.clock_frac + (target_frac - self.clock_frac) * (1.0 - np.exp(-dt_s / lag_s))
+        share = np.where(target_frac < self.clock_frac, *self._shares(dt_s))
+        moved = self.clock_frac + (target_frac - self.clock_frac) * share
         moved = np.round(moved / self._step_frac) * self._step_frac
         near = np.abs(moved - target_frac) < 2 * self._step_frac
         self.clock_frac = np.clip(np.where(near, target_frac, moved), self._smallest_frac, 1.0)
@@ -189,10 +249,12 @@ class GpuBank:
 
         The controller holds a mean, so a spike that it was too slow for is paid back.
         """
-        keep = np.exp(-dt_s / _CONTROL_WINDOW_S)
+        keep = math.exp(-dt_s / _CONTROL_WINDOW_S)
         self._smooth_w = self.power_w + (self._smooth_w - self.power_w) * keep
         excess_w = np.maximum(self._smooth_w - self.enforced_w, 0.0)
-        return np.maximum(self.enforced_w - _PAYBACK * excess_w, 0.85 * self.enforced_w)
+        return np.maximum(
+            self.enforced_w - _PAYBACK * excess_w, _ALLOWED_FLOOR_FRAC * self.enforced_w
+        )
 
     def _asked(self, temp_c: Floats, dt_s: float) -> Floats:
         """The clock that would run without a power cap: locks and heat."""
@@ -218,14 +280,9 @@ class GpuBank:
     ) -> None:
         """Write what NVML shows, in its units and rounding."""
         profile, measured = self.profile, self.state.measured
-        history = self._history
-        history.append((self._time_s, self.energy_j.copy()))
-        window_s = profile.power_average_s
-        while len(history) > 2 and history[1][0] <= self._time_s - window_s + 1e-9:
-            history.popleft()
-        then_s, then_j = history[0]
+        then_s, then_j = self._remember()
         average_w = self.power_w
-        if window_s > 0 and self._time_s > then_s:
+        if profile.power_average_s > 0 and self._time_s > then_s:
             average_w = (self.energy_j - then_j) / (self._time_s - then_s)
         # Under a very low cap the board skips cycles: work runs slower than the clock it shows.
         floor_mhz = profile.sm_clock_idle_mhz + profile.sm_clock_step_mhz
@@ -252,6 +309,14 @@ class GpuBank:
                 measured["thermal_violation_ns"] += np.where(
                     reasons & (SW_THERMAL | HW_THERMAL), spent_ns, 0
                 ).astype(np.uint64)
+
+    def _remember(self) -> tuple[float, Floats]:
+        """Note the energy used by now; returns when the window of the mean began, and that then."""
+        history, window_s = self._history, self.profile.power_average_s
+        history.append((self._time_s, self.energy_j.copy()))
+        while len(history) > 2 and history[1][0] <= self._time_s - window_s + 1e-9:
+            history.popleft()
+        return history[0]
 
     def copy(self, gpu: int, from_s: float, to_s: float, num_bytes: float) -> None:
         """Let a GPU's memory take in or give out so many bytes, evenly from one time to another.
@@ -288,6 +353,7 @@ class GpuBank:
         with self.state.writing():
             self.state.measured[:] = kept["measured"]
             self.state.control[:] = kept["control"]
+        self._bind()
 
     def load(self, gpu: int, *, pid: int, used_bytes: int) -> None:
         """A process takes memory on a GPU.

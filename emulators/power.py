@@ -20,7 +20,7 @@ import numpy as np
 from emulators.profiles import GpuProfile
 from testbed.core.view import Floats
 
-_LEVELS = 33
+NUM_LEVELS = 33
 """Clocks at which `clock_for_limit` looks; it interpolates between them."""
 
 
@@ -96,6 +96,12 @@ def demand_w(
     return power_w(profile, at_frac, busy_frac, tensor_frac / times, hbm_frac / times)
 
 
+def levels_frac(profile: GpuProfile) -> Floats:
+    """The clocks at which `clock_for_limit` looks, over the highest one."""
+    lowest = profile.sm_clock_min_mhz / profile.sm_clock_max_mhz
+    return np.linspace(lowest, 1.0, NUM_LEVELS)
+
+
 def clock_for_limit(
     profile: GpuProfile,
     limit_w: Floats,
@@ -108,20 +114,19 @@ def clock_for_limit(
 
     Limits that no clock meets give the lowest clock: the floor of a power cap.
     """
-    lowest = profile.sm_clock_min_mhz / profile.sm_clock_max_mhz
     fits: Floats = np.ones(len(limit_w))
     activity = (busy_frac, tensor_frac, hbm_frac, clock_frac)
     over = demand_w(profile, fits, *activity) > limit_w
     if not over.any():
         return fits
-    levels = np.linspace(lowest, 1.0, _LEVELS)
+    levels = levels_frac(profile)
     columns = [column[over][:, None] for column in activity]
     demand = demand_w(profile, levels[None, :], *columns)
     wanted_w = limit_w[over]
     # Demand grows with the clock: count the levels that fit, then interpolate to the limit.
     last = np.maximum((demand <= wanted_w[:, None]).sum(axis=1) - 1, 0)
     rows = np.arange(len(last))
-    upper = np.minimum(last + 1, _LEVELS - 1)
+    upper = np.minimum(last + 1, NUM_LEVELS - 1)
     low_w, high_w = demand[rows, last], demand[rows, upper]
     part = np.clip((wanted_w - low_w) / np.maximum(high_w - low_w, 1e-9), 0.0, 1.0)
     fits[over] = levels[last] + part * (levels[upper] - levels[last])

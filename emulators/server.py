@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from emulators.engine import Engine, Event
 from emulators.farm import Farm, readings_at, work_at
 from emulators.gpu import GpuBank
 from emulators.models import ModelCard, load_model, precision_of
+from emulators.native import EngineKernel, bank_library, read_gpus
 from emulators.opaque import opaque_activity
 from emulators.profiles import GpuProfile
 from emulators.state import GpuState
@@ -358,9 +360,20 @@ def tune_engine(
     return []
 
 
+_READINGS = "".join(InstanceReadings.layout[name].kind for name in InstanceReadings.names)
+_READINGS = _READINGS.replace("i", "q").replace("f", "d")
+
+
+@cache
+def _packer(record: str, count: int) -> struct.Struct:
+    """Packs records, in a tenth of the time that NumPy takes for a list of tuples."""
+    return struct.Struct("<" + record * count)
+
+
 def readings_of(engines: Sequence[Engine], t_s: float) -> InstanceReadings:
     """Queue, batch and KV use of engines, in columns."""
-    return InstanceReadings.of(np.array(readings_at(engines, t_s), InstanceReadings.layout))
+    packed = _packer(_READINGS, len(engines)).pack(*readings_at(engines, t_s))
+    return InstanceReadings.unpack(packed)
 
 
 def gaps_of(engines: Sequence[Engine]) -> list[tuple[int, int, int]]:
@@ -427,8 +440,13 @@ def build_engine(
     )
 
 
-def gpu_columns(state: GpuState) -> dict[str, Any]:
-    """All readings of these GPUs, one array each by `GpuReadings`' names, rounded as NVML does."""
+def gpu_readings(state: GpuState) -> GpuReadings:
+    """All readings of these GPUs, rounded as NVML does."""
+    return read_gpus(state) or _gpu_readings(state)
+
+
+def _gpu_readings(state: GpuState) -> GpuReadings:
+    """`emulators.native.read_gpus` without machine code."""
     measured, control = state.measured, state.control
     columns: dict[str, Any] = {
         "power_instant_w": measured["power_instant_mw"] / 1000,
@@ -450,7 +468,7 @@ def gpu_columns(state: GpuState) -> dict[str, Any]:
         for name, column in columns.items():
             if name not in ("energy_j", "lost"):
                 column[lost] = 0
-    return columns
+    return GpuReadings(**columns)
 
 
 class NodeGpus:
@@ -479,7 +497,7 @@ class NodeGpus:
 
     def read(self) -> GpuReadings:
         """All readings now, rounded as NVML rounds them."""
-        return GpuReadings(**gpu_columns(self._state))
+        return gpu_readings(self._state)
 
     def power_limits_w(self) -> list[float]:
         """The limits asked for last."""
@@ -516,7 +534,7 @@ class ServerBank:
         keep_segments: have engines keep what `drain_segments` gives.
     """
 
-    WIRED = ("bank", "serving", "gpus", "_roster")
+    WIRED = ("bank", "serving", "gpus", "_roster", "_kernel")
 
     def __init__(
         self,
@@ -545,7 +563,10 @@ class ServerBank:
         self._unread: set[int] = set()
         """Engines that were asked in a tick since `read_instances`."""
         self._readings: dict[str, Any] = {}
+        self._has_left = False
+        self._kernel: EngineKernel | None = None
         self._opaque_frac = np.zeros(bank.count)
+        self._has_opaque = False
         self._t_s = 0.0
         self._faults = sorted(faults)
         self._lost: set[int] = set()
@@ -579,6 +600,7 @@ class ServerBank:
             if other is engine:
                 done -= self._totals[:, index]
         self._left[:, gpus] += done[:, None]
+        self._has_left = True
 
     def _refresh(self) -> None:
         roster = self._roster
@@ -593,7 +615,9 @@ class ServerBank:
             if id(engine) in before:
                 self._totals[:, index] = before[id(engine)]
         self._unread.clear()  # all are awake, and asked by the next tick
-        self._clock_frac = np.array([engine.clock_frac for engine in roster.engines])
+        self._clock_frac = np.array([engine.clock_frac for engine in roster.engines] + [1.0])
+        """Of the engines, and one past the last."""
+        self._bind()
         self._readings = {
             "num_running": np.zeros(count, np.int64),
             "num_waiting": np.zeros(count, np.int64),
@@ -603,12 +627,22 @@ class ServerBank:
             "preemptions_total": np.zeros(count, np.int64),
         }
 
+    def _bind(self) -> None:
+        """Have machine code, where there is some, work on the engines and arrays of now."""
+        library, roster = bank_library(), self._roster
+        if library is not None:
+            self._kernel = EngineKernel(
+                library, self.bank.profile, roster.engine_of, len(roster.engines),
+                self.bank.clock_frac,
+            )  # fmt: skip
+
     def surround(self, node: int, around: Surroundings) -> None:
         """What the building does to a node from now on."""
         per_node = self.bank.count // len(self.serving)
         gpus = range(node * per_node, (node + 1) * per_node)
         self.bank.inlet_c[gpus.start : gpus.stop] = around.inlet_c
         self._opaque_frac[gpus.start : gpus.stop] = around.load_frac
+        self._has_opaque = bool(self._opaque_frac.any())
         if around.dark:
             for gpu in gpus:
                 if not self.bank.state.measured["lost"][gpu]:
@@ -632,49 +666,74 @@ class ServerBank:
         self._t_s = t_s
         self._refresh()
         self._break(t_s)
-        bank, profile, roster = self.bank, self.bank.profile, self._roster
-        done = self._work(t_s)
-        busy_s, flops, hbm_bytes = (done - self._totals)[:, roster.engine_of] + self._left
-        self._totals = done
-        self._left[:] = 0.0
-        activity: list[Floats] = [
-            np.minimum(busy_s / dt_s, 1.0),
-            flops / (dt_s * profile.peak_flops),
-            hbm_bytes / (dt_s * profile.hbm_bytes_per_s),
-        ]
-        if self._opaque_frac.any():  # on GPUs of their own: opaque VMs share none with engines
-            *opaque, _ = opaque_activity(profile, self._opaque_frac, bank.clock_frac)
-            activity = [own + added for own, added in zip(activity, opaque, strict=True)]
+        bank, roster = self.bank, self._roster
+        activity = self._activity(self._work(t_s), dt_s)
+        if self._has_opaque:  # on GPUs of their own: opaque VMs share none with engines
+            *opaque, _ = opaque_activity(bank.profile, self._opaque_frac, bank.clock_frac)
+            activity = activity + np.array(opaque)
         bank.advance(dt_s, *activity)
-        # An engine runs at the clock of its slowest GPU.
-        clock_frac = np.ones(len(roster.engines) + 1)
-        np.minimum.at(clock_frac, roster.engine_of, bank.clock_frac)
-        clock_frac = clock_frac[:-1]
-        for index in np.flatnonzero(clock_frac != self._clock_frac).tolist():
-            roster.engines[index].set_clock(float(clock_frac[index]), t_s)
+        for index in self._paces():
+            roster.engines[index].set_clock(float(self._clock_frac[index]), t_s)
             roster.awake.add(index)
-        self._clock_frac = clock_frac
         self._rearm()
+
+    def _activity(self, done: Floats, dt_s: float) -> Floats:
+        """Busy share, operations and bytes over those at peak of the GPUs since the last tick."""
+        if self._kernel is not None:
+            self._kernel.load(done, self._totals, self._left, dt_s)
+            activity = self._kernel.work
+        else:
+            profile = self.bank.profile
+            scale = [dt_s, dt_s * profile.peak_flops, dt_s * profile.hbm_bytes_per_s]
+            since = (done - self._totals)[:, self._roster.engine_of] + self._left
+            activity = since / np.array(scale)[:, None]
+            np.minimum(activity[0], 1.0, out=activity[0])
+        self._totals = done
+        if self._has_left:
+            self._left[:] = 0.0
+            self._has_left = False
+        return activity
+
+    def _paces(self) -> list[int]:
+        """Set each engine's clock to that of its slowest GPU; returns whose is another now."""
+        if self._kernel is not None:
+            return self._kernel.pace(self._clock_frac)
+        clock_frac = np.ones(len(self._clock_frac))
+        np.minimum.at(clock_frac, self._roster.engine_of, self.bank.clock_frac)
+        clock_frac[-1] = self._clock_frac[-1]
+        changed: list[int] = np.flatnonzero(clock_frac != self._clock_frac).tolist()
+        self._clock_frac = clock_frac
+        return changed
 
     def _work(self, t_s: float) -> Floats:
         """Busy seconds, FLOPs and bytes of every engine since its start, as (3, engine + 1)."""
         self._asked = asked = sorted(self._roster.awake)
-        rows = work_at(self._roster.engines, asked, t_s)
+        flat = work_at(self._roster.engines, asked, t_s)
         self._unread.update(asked)
         done = self._totals.copy()
         if asked:
-            done[:, asked] = np.array(rows).T
+            now = np.frombuffer(_packer("ddd", len(asked)).pack(*flat)).reshape(-1, 3).T
+            if len(asked) == len(self._roster.engines):
+                done[:, :-1] = now
+            else:
+                done[:, asked] = now
         return done
 
     def _rearm(self) -> None:
         """Note when engines that did something wake next; who has nothing to do, sleeps."""
         roster = self._roster
-        for index in list(roster.awake):
-            serving, place = roster.owners[index]
-            engine = roster.engines[index]
-            serving.wakes_s[place] = roster.rearm(index, engine)
-            if engine.next_event_s == math.inf:
-                roster.awake.discard(index)
+        farm, engines, owners = roster.farm, roster.engines, roster.owners
+        asleep = []
+        for index in roster.awake:
+            wake_s = engines[index].next_event_s
+            if farm is None:
+                serving, place = owners[index]
+                serving.wakes_s[place] = wake_s
+            else:
+                farm.rearm(index)
+            if wake_s == math.inf:
+                asleep.append(index)
+        roster.awake.difference_update(asleep)
 
     def events(self) -> Iterator[tuple[int, list[Event]]]:
         """What the last tick brought about by itself, by engine; what is told is forgotten."""
@@ -705,6 +764,7 @@ class ServerBank:
         for engine, state in zip(self._roster.engines, kept["engines"], strict=True):
             engine.restore(state)
         put_back(self, kept["servers"])
+        self._bind()
         self._roster.awake.clear()
         self._roster.awake.update(kept["awake"])
         if kept["farm"]:
@@ -712,9 +772,9 @@ class ServerBank:
             for index in range(len(self._roster.engines)):
                 farm.rearm(index)
 
-    def read_gpus(self) -> dict[str, Any]:
-        """Readings of all GPUs, see `gpu_columns`."""
-        return gpu_columns(self.bank.state)
+    def read_gpus(self) -> GpuReadings:
+        """Readings of all GPUs."""
+        return gpu_readings(self.bank.state)
 
     def read_instances(self, t_s: float) -> dict[str, Any]:
         """Readings of all engines by `InstanceReadings`' names, at the time of the last tick."""

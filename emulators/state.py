@@ -18,6 +18,7 @@ as a driver does: attaching to an existing file keeps its control blocks.
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -194,6 +195,11 @@ class GpuState:
     def slice(self, first: int, stop: int) -> GpuState:
         """The same memory, seen as GPUs ``first`` to ``stop``."""
         return GpuState(self.header, self.measured[first:stop], self.control[first:stop], self.path)
+
+    @cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Where the measured and the control blocks lie in memory."""
+        return self.measured.ctypes.data, self.control.ctypes.data
 
     def enforced_mw(self) -> NDArray[np.uint32]:
         """Limits in force: the requested ones, or lower ones set out of band.

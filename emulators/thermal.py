@@ -46,7 +46,7 @@ class Thermal:
     ) -> None:
         self._profile = profile
         self._offset_c = offset_c + profile.thermal_offset_c
-        idle_w = self._effective_w(np.full(count, profile.idle_w))
+        idle_w = self.effective_w(np.full(count, profile.idle_w))
         self._fast_c = profile.thermal_fast_c_per_w * idle_w
         self._slow_c = profile.thermal_slow_c_per_w * idle_w
         self._decays: tuple[float, float, float] = (-1.0, 0.0, 0.0)
@@ -55,12 +55,8 @@ class Thermal:
     def advance(self, dt_s: float, power_w: Floats, inlet_c: Floats) -> Floats:
         """Let ``dt_s`` pass at ``power_w``; returns the die temperatures."""
         profile = self._profile
-        if self._decays[0] != dt_s:
-            fast = math.exp(-dt_s / profile.thermal_fast_s)
-            slow = math.exp(-dt_s / profile.thermal_slow_s)
-            self._decays = (dt_s, fast, slow)
-        _, fast, slow = self._decays
-        effective_w = self._effective_w(power_w)
+        fast, slow = self.decays(dt_s)
+        effective_w = self.effective_w(power_w)
         target_c = profile.thermal_fast_c_per_w * effective_w
         self._fast_c = target_c + (self._fast_c - target_c) * fast
         target_c = profile.thermal_slow_c_per_w * effective_w
@@ -68,7 +64,26 @@ class Thermal:
         self.temp_c = inlet_c + self._offset_c + self._fast_c + self._slow_c
         return self.temp_c
 
-    def _effective_w(self, power_w: Floats) -> Floats:
+    def decays(self, dt_s: float) -> tuple[float, float]:
+        """What is left after ``dt_s`` of a distance to the settled temperature, die and sink."""
+        if self._decays[0] != dt_s:
+            fast = math.exp(-dt_s / self._profile.thermal_fast_s)
+            slow = math.exp(-dt_s / self._profile.thermal_slow_s)
+            self._decays = (dt_s, fast, slow)
+        _, fast, slow = self._decays
+        return fast, slow
+
+    def columns(self) -> dict[str, Floats]:
+        """The arrays that `advance` reads and writes, for who does its work in place."""
+        return {
+            "fast_c": self._fast_c,
+            "slow_c": self._slow_c,
+            "temp_c": self.temp_c,
+            "offset_c": self._offset_c,
+        }
+
+    def effective_w(self, power_w: Floats) -> Floats:
+        """The power that a straight line would need for the heat of this one."""
         profile = self._profile
         if profile.thermal_exponent == 1.0:
             return power_w
@@ -80,7 +95,7 @@ class Thermal:
         """Die temperature after a long time at ``power_w``."""
         profile = self._profile
         resistance = profile.thermal_fast_c_per_w + profile.thermal_slow_c_per_w
-        settled: Floats = inlet_c + self._offset_c + resistance * self._effective_w(power_w)
+        settled: Floats = inlet_c + self._offset_c + resistance * self.effective_w(power_w)
         return settled
 
     def limit_w(self, inlet_c: Floats, temp_c: float) -> Floats:

@@ -234,6 +234,7 @@ def bench_lateness(
     seconds: float = 10.0,
     collapse: bool = True,
     realtime: bool = False,
+    per_process: int = 4,
 ) -> dict[str, Any]:
     """Run emulated nodes that share one core, under load, and say how late they were.
 
@@ -249,6 +250,7 @@ def bench_lateness(
         seconds: length of the run.
         collapse: nodes wake once for a run of alike iterations; otherwise for each.
         realtime: nodes have real-time priority.
+        per_process: how many nodes share a process.
 
     Raises:
         SpecError: the numbers make no sense.
@@ -258,6 +260,10 @@ def bench_lateness(
     if not 1 <= instances <= 1000 or instances % per_node:
         raise SpecError(
             f"bench: instances = {instances} must be a multiple of per_node = {per_node} up to 1000"
+        )
+    if not 1 <= per_process <= instances // per_node or instances // per_node % per_process:
+        raise SpecError(
+            f"bench: per_process = {per_process} must divide the {instances // per_node} nodes"
         )
     if not 0.0 < rate_rps <= 100.0 or not 1.0 <= seconds <= _LIFE_MAX_S:
         raise SpecError(
@@ -271,6 +277,7 @@ mode = "emulated"
 duration_s = {seconds}
 [cluster]
 nodes_per_row = {instances // per_node}
+nodes_per_process = {per_process}
 gpus_per_node = {per_node}
 [[pool]]
 gpus_per_node = {per_node}
@@ -299,14 +306,18 @@ max_prompt_tokens = 4096
             os.sched_setaffinity(0, before)
         rows = Recording.open(run).table("lateness").to_pylist()
         nodes = [row for row in rows if row["source"] != "coordinator"]
+        # Nodes of one process have one loop, and give the same account.
+        nodes = nodes[::per_process]
         said = [json.loads(p.read_text()) for p in sorted(run.glob("nodes/*/lateness.json"))]
+        said = said[::per_process]
         iterations = [one["iterations"] for one in said]
         span_s = max(row["t_s"] for row in rows)
         return {
             "instances": instances,
-            "nodes": len(nodes),
+            "nodes": instances // per_node,
             "collapse": collapse,
             "realtime": realtime,
+            "per_process": per_process,
             "events": sum(row["events"] for row in nodes),
             "events_per_s": sum(row["events"] for row in nodes) / span_s,
             "iterations": sum(one["events_total"] for one in iterations),

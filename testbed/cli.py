@@ -287,7 +287,9 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 
 @main.command()
 @click.option("--coordinator", required=True, metavar="tcp://HOST:PORT")
-@click.option("--name", required=True, help="Path of this node in the run, as row0/rack0/node000.")
+@click.option("--name", required=True, multiple=True,
+              help="Path of this node in the run, as row0/rack0/node000; several emulated nodes, "
+              "at consecutive places, share the process.")  # fmt: skip
 @click.option("--emulate", default="", metavar="8xH100", help="Emulated GPUs; else the driver's.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option(
@@ -302,7 +304,8 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
 @click.option("--temp-spread-c", default=2.0, show_default=True)
 @click.option("--gpu-order-c", default=0.0, show_default=True,
               help="Last emulated GPU in the airflow over the first.")  # fmt: skip
-@click.option("--lose", multiple=True, metavar="GPU@SECONDS", help="Lose an emulated GPU then.")
+@click.option("--lose", multiple=True, metavar="[NODE:]GPU@SECONDS",
+              help="Lose an emulated GPU then.")  # fmt: skip
 @click.option("--delay-s", default=0.005, show_default=True, help="Agreed delay of the wire.")
 @click.option("--tenants", default="", metavar="JSON", help="The run file's tenants table.")
 @click.option("--curve-secret", type=click.Path(path_type=Path),
@@ -313,10 +316,26 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
               help="Leave when the coordinator is silent for this long.")  # fmt: skip
 @click.option("--realtime", is_flag=True, help="Ask for real-time priority (SCHED_FIFO).")
 @click.option("--allow-hardware-writes", is_flag=True, help="Really set limits on real GPUs.")
-def node(lose: tuple[str, ...], **options: Any) -> None:
-    """Be the daemon of one node."""
-    rig.node(
-        rig.NodeOptions(**options, faults=[rig.parse_fault(text) for text in lose]),
+def node(name: tuple[str, ...], state_dir: Path, lose: tuple[str, ...], **options: Any) -> None:
+    """Be the daemon of one node, or of several emulated ones."""
+    faults: dict[str, list[tuple[float, int]]] = {each: [] for each in name}
+    for text in lose:
+        whose, _, fault = text.rpartition(":")
+        if (whose or name[0]) not in faults:
+            raise SpecError(f"--lose {text!r}: no node of this process is called {whose!r}")
+        faults[whose or name[0]].append(rig.parse_fault(fault))
+    first = options.pop("place")
+    rig.host(
+        [
+            rig.NodeOptions(
+                name=each,
+                place=first + index,
+                state_dir=state_dir if len(name) == 1 else state_dir / each.replace("/", "."),
+                faults=faults[each],
+                **options,
+            )
+            for index, each in enumerate(name)
+        ],
         log=lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True),
     )
 
@@ -748,7 +767,8 @@ def bench_roundtrip_command(nodes: int, seconds: float, as_json: bool) -> None:
 
 @bench.command("lateness")
 @click.option("--instances", default=200, show_default=True, help="On one core.")
-@click.option("--per-node", default=50, show_default=True, help="In one process.")
+@click.option("--per-node", default=50, show_default=True, help="Of one node.")
+@click.option("--per-process", default=4, show_default=True, help="Nodes that share a process.")
 @click.option("--rate-rps", default=3.0, show_default=True, help="Requests/s of an instance.")
 @click.option("--seconds", default=10.0, show_default=True)
 @click.option("--collapse/--each-iteration", default=True, show_default=True,

@@ -34,7 +34,7 @@ from typing import Any, Literal
 import msgspec
 
 from testbed import rig
-from testbed.analysis.figures import Figure
+from testbed.analysis.drawing import Figure
 from testbed.analysis.page import Page, card, table, tag
 from testbed.analysis.statistics import Estimate, change_of, mean_of
 from testbed.core.errors import SpecError, TestbedError

@@ -35,7 +35,7 @@ from testbed.profiling import profile_of
 from testbed.recorder.reader import Recording
 from testbed.recorder.writer import CHECKPOINT, Recorder, new_run_folder, write_summary
 from testbed.shells.live import run_live
-from testbed.shells.node import NodeOptions, curve_of, node, parse_fault, parse_gpus
+from testbed.shells.node import NodeOptions, curve_of, host, parse_fault, parse_gpus
 from testbed.shells.plant import emulated_bank
 from testbed.shells.relay import RelayOptions, relay
 from testbed.shells.schedule import Parts, Progress, Status
@@ -48,8 +48,8 @@ __all__ = [
     "RelayOptions",
     "Status",
     "curve_of",
+    "host",
     "load_policies",
-    "node",
     "parse_fault",
     "parse_gpus",
     "relay",

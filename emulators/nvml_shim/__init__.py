@@ -7,24 +7,15 @@ result is kept in the user's cache under a name that changes with any of its sou
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import shutil
-import subprocess
-import tempfile
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
-
-from emulators import state
-from emulators.compiled import cache_folder
+from emulators import native, state
 from emulators.nvml import DRIVER_VERSION
 from testbed.core.errors import DeviceError
 
 STATE_VARIABLE = "TESTBED_NVML_STATE"
-_FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden")
 
 
 def public_names() -> list[str]:
@@ -42,23 +33,18 @@ def implemented_names() -> list[str]:
 
 def layout_header() -> str:
     """The state file's layout as C constants."""
-    lines = ["/* Generated from emulators/state.py. */"]
-    for name in ("HEADER", "MEASURED", "CONTROL", "PROCESS"):
-        dtype: np.dtype[np.void] = getattr(state, name)
-        lines.append(f"#define {name}_SIZE {dtype.itemsize}")
-        assert dtype.fields is not None
-        for field, (kind, offset, *_) in dtype.fields.items():
-            lines.append(f"#define {name}_{field} {offset}")
-            lines.append(f"#define {name}_{field}_SIZE {kind.itemsize}")
     magic = "".join(f"\\x{byte:02x}" for byte in state.MAGIC)
-    lines += [
+    lines = [
         f'#define LAYOUT_MAGIC "{magic}"',
         f"#define LAYOUT_MAGIC_SIZE {len(state.MAGIC)}",
         f"#define LAYOUT_VERSION {state.LAYOUT_VERSION}",
         f"#define LAYOUT_MAX_PROCESSES {state.MAX_PROCESSES}",
         f'#define LAYOUT_DRIVER "{DRIVER_VERSION}"',
     ]
-    return "\n".join(lines) + "\n"
+    records = native.layout_header(
+        HEADER=state.HEADER, MEASURED=state.MEASURED, CONTROL=state.CONTROL, PROCESS=state.PROCESS
+    )
+    return records + "\n".join(lines) + "\n"
 
 
 def stubs_source() -> str:
@@ -72,15 +58,13 @@ def stubs_source() -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_sources(folder: Path) -> list[Path]:
-    """Put all C sources, generated ones included, into a folder; returns those to compile."""
-    for name in ("shim.c", "api.h"):
-        (folder / name).write_text(
-            (resources.files(__name__) / name).read_text(encoding="utf-8"), encoding="utf-8"
-        )
-    (folder / "layout.h").write_text(layout_header(), encoding="ascii")
-    (folder / "stubs.c").write_text(stubs_source(), encoding="ascii")
-    return [folder / "shim.c", folder / "stubs.c"]
+def source_files() -> dict[str, str]:
+    """Texts of all C sources and headers by their names, generated ones included."""
+    read = {
+        name: (resources.files(__name__) / name).read_text(encoding="utf-8")
+        for name in ("shim.c", "api.h")
+    }
+    return {**read, "layout.h": layout_header(), "stubs.c": stubs_source()}
 
 
 def build_shim(*, cache: Path | None = None) -> Path:
@@ -92,36 +76,14 @@ def build_shim(*, cache: Path | None = None) -> Path:
     Raises:
         DeviceError: there is no C compiler, or it failed.
     """
-    cache = cache or cache_folder()
-    with tempfile.TemporaryDirectory() as scratch:
-        sources = write_sources(Path(scratch))
-        digest = hashlib.sha256(" ".join(_FLAGS).encode())
-        for path in sorted(Path(scratch).iterdir()):
-            digest.update(path.read_bytes())
-        folder = cache / f"nvml-{digest.hexdigest()[:16]}"
-        if (folder / "libnvidia-ml.so").exists():
-            return folder
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-        if compiler is None:
-            raise DeviceError(
-                "no C compiler (gcc or cc) to build libnvidia-ml.so.1 with; emulated GPUs still "
-                "work inside this process, but other programs cannot see them"
-            )
-        library = Path(scratch) / "libnvidia-ml.so.1"
-        done = subprocess.run(
-            [compiler, *_FLAGS, "-shared", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(library),
-             *map(str, sources), "-lpthread"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )  # fmt: skip
-        if done.returncode:
-            first = done.stderr.strip().splitlines() or ["no message"]
-            raise DeviceError(f"{compiler} could not build libnvidia-ml.so.1: {first[0]}")
-        folder.mkdir(parents=True, exist_ok=True)
-        # Into place under another name first: two builders must not see half a file.
-        for name in ("libnvidia-ml.so.1", "libnvidia-ml.so"):
-            temporary = folder / f".{name}.{os.getpid()}"
-            shutil.copy(library, temporary)
-            temporary.rename(folder / name)
-    return folder
+    library = "libnvidia-ml.so.1"
+    flags = ("-O2", f"-Wl,-soname,{library}", "-lpthread")
+    try:
+        return native.build_library(
+            library, source_files(), flags, also=["libnvidia-ml.so"], cache=cache
+        )
+    except DeviceError as error:
+        raise DeviceError(
+            f"{error}; emulated GPUs still work inside this process, but other programs cannot "
+            "see them"
+        ) from None

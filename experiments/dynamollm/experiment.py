@@ -17,7 +17,8 @@ from testbed.analysis.latency import itl_counts, itl_percentiles, percentiles, r
 from testbed.analysis.ledger import ledger, read_energy
 from testbed.core.spec import LedgerSpec, RunSpec, parse_spec
 from testbed.experiment import Case, Options, Results, Row, Values, measure_run
-from testbed.policies.dynamollm import DynamoLLM
+from testbed.policies.dynamollm import FASTER_WHY, DynamoLLM
+from testbed.policies.dynamollm.forecast import surge_rps
 from testbed.profiling import profile_of
 from testbed.recorder.reader import Recording
 from testbed.workloads import open_workload
@@ -55,6 +56,7 @@ _WEEK = [
     f"workload.time_scale={WEEK_SCALE}",
     f"duration_s={7 * 86400 / WEEK_SCALE:.0f}",
     f"reconfigure.scale={1 / WEEK_SCALE}",
+    f"reconfigure.delays.drain_s={30.0 * WEEK_SCALE}",  # what drains are requests: not compressed
     "cluster.nodes_per_row=12",
 ]
 SCENARIOS: dict[str, list[str]] = {
@@ -63,7 +65,19 @@ SCENARIOS: dict[str, list[str]] = {
     "conversation week": [*_WEEK, 'workload.trace="conversation"', "workload.rate_rps=6"],
     "coding week": [*_WEEK, 'workload.trace="coding"', "workload.rate_rps=4"],
 }
-LADDER = "no ladder"
+OVERLOAD = "overload"
+"""More than the nodes there are can serve: what the ladder is for."""
+_OVERLOAD = {
+    OVERLOAD: [*SCENARIOS["conversation hour"], "duration_s=900", "cluster.nodes_per_row=3"]
+}
+LADDER: dict[str, int] = {
+    # Rungs that may be climbed.
+    "no ladder": 0,
+    "+ by deadline": 1,
+    "+ highest clock": 2,
+    "+ send elsewhere": 3,
+    "+ drop what is late": 4,
+}
 VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     # Parameters and run-file fields that differ from DynamoLLM's.
     "free reconfiguration": ({}, ["reconfigure.scale=1e-6"]),
@@ -71,19 +85,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "20 % mispredicted": ({"predictor_error": 0.2}, []),
     "40 % mispredicted": ({"predictor_error": 0.4}, []),
     "60 % mispredicted": ({"predictor_error": 0.6}, []),
-    LADDER: ({"ladder": False}, []),
-    "no template": ({"template_rps": []}, []),
+    "least-loaded router": ({"saving": False}, []),
+    "no surges learned": ({"surge_rps": 0.0}, []),
+    "no template": ({"template_rps": [], "surge_rps": 0.0}, []),
 }
-SPREAD = "DynamoLLM, least-loaded router"
-"""Spreads requests evenly: a little more energy, fewer misses. Careful in another way."""
 CAREFUL: dict[str, dict[str, Any]] = {
-    SPREAD: {"saving": False},
     "DynamoLLM, headroom 40 %": {"headroom_frac": 0.4},
-    "DynamoLLM, headroom 80 %": {"headroom_frac": 0.8},
+    "DynamoLLM, slack 75 %": {"slack_frac": 0.75},
+    "DynamoLLM, slack 50 %": {"slack_frac": 0.5},
 }
 """DynamoLLM that misses fewer limits for more energy: what its parameters are changed to."""
-FACTORS = (0.6, 0.8)
-"""Provisioning over the predicted peak of a less careful SinglePool, beside 1."""
+FACTORS = dict.fromkeys(SCENARIOS, (0.4, 0.6)) | {"coding hour": (0.2, 0.3)}
+"""Provisioning over the predicted peak of a less careful SinglePool, beside 1. For the coding
+hour even 0.4 of its peak takes more nodes than there are."""
 EQUAL_FRAC = 0.001
 """An attainment this little below another's counts as equal."""
 SIDE_SEEDS = 2
@@ -96,12 +110,16 @@ DECLARED: dict[str, Any] = {
     "scenarios": SCENARIOS,
     "switches": {name: list(on) for name, on in SYSTEMS.items()},
     "provisioning": "highest rate of the template x 1.1, rounded by the fragmentation rule",
-    "peak_factor (band)": [*FACTORS, 1.0, 1.25, 1.5],
+    "peak_factor (band)": {name: [*some, 1.0] for name, some in FACTORS.items()},
+    "peak_factor, conversation hour too": [1.25, 1.5],
     "careful (front)": CAREFUL,
     "equal attainment": f"at most {EQUAL_FRAC:.1%} lower",
     "seeds of bands, pairs, fronts and variants": SIDE_SEEDS,
     "limits x (band)": [1.0, 2.0],
-    "template": "busiest 15 s of every 5 min (hour), minute of every 30 min (week), another draw",
+    "template": "busiest 15 s of every 5 min (hour), minute of every 30 min (week), or what "
+    "a step of the instance manager surely brought, if that is more; another draw",
+    "surge_rps": "99th percentile of what such a step surely brought beyond the minute before it",
+    "overload": "15 min of the conversation hour on 3 nodes",
     "k of the week": WEEK_SCALE,
     "periods_s": PERIODS_S,
     "periods of the week": "pool and cluster manager and all delays / k; instance manager 2.5 s, "
@@ -109,7 +127,7 @@ DECLARED: dict[str, Any] = {
     "not counted": f"the first {WARM_S:g} s of a run",
     "energy": "GPUs of nodes that hold an instance; nodes given back draw nothing (band: idle)",
     "GPU without an instance": "60 % of the profile's idle power (band of the above)",
-    "host_w (band)": 1500.0,
+    "hosts (band)": "CPUs and fans as `PlantSpec` has them by default, by the load of their GPUs",
     "grid": "CISO, May 2022",
     "cost": "GPU-hours of nodes in use",
     "sample_period_s": 2.5,
@@ -137,12 +155,10 @@ def cases(options: Options) -> list[Case]:
         for seed in seeds:
             for name, params in CAREFUL.items():
                 found.append(_case("DynamoLLM", scenario, seed, name, params))
-            for factor in FACTORS:
+            for factor in FACTORS[scenario]:
                 params = {"peak_factor": factor}
                 found.append(_case("SinglePool", scenario, seed, _provisioned(factor), params))
-    for seed in seeds:
-        # Its bursts are the overload that the ladder is for.
-        found.append(_case("DynamoLLM", "coding hour", seed, LADDER, {"ladder": False}))
+    found += _overload(seeds)
     for name, (params, fields) in VARIANTS.items():
         for seed in seeds:
             found.append(_case("DynamoLLM", "conversation hour", seed, name, params, fields))
@@ -156,6 +172,14 @@ def cases(options: Options) -> list[Case]:
         name = f"{arm}, limits x 2"
         found += [_case(arm, "conversation hour", s, name, more=_LOOSE) for s in seeds]
     return found
+
+
+def _overload(seeds: list[int]) -> list[Case]:
+    return [
+        _case("DynamoLLM", OVERLOAD, seed, name, {"rungs": rungs})
+        for name, rungs in LADDER.items()
+        for seed in seeds
+    ]
 
 
 def _provisioned(factor: float) -> str:
@@ -187,7 +211,7 @@ def _case(
     more: list[str] | None = None,
 ) -> Case:
     """A run of a system with changed parameters and fields, under its own name."""
-    fields = [*SCENARIOS[scenario], *(more or []), f"seed={seed}"]
+    fields = [*(SCENARIOS | _OVERLOAD)[scenario], *(more or []), f"seed={seed}"]
     spec = parse_spec(BASE, fields)
     on = {knob: knob in SYSTEMS[arm] for knob in KNOBS}
     values: dict[str, Any] = {**on, **_periods(spec), **_template(spec), "seed": seed}
@@ -224,9 +248,16 @@ def _template(spec: RunSpec) -> dict[str, Any]:
         rps = np.histogram(arrival_s, np.arange(count + 1) * fine_s)[0] / fine_s
         if scale > 1:
             rps = np.convolve(rps, np.ones(10) / 10, "same")
+        usual_rps = rps.reshape(-1, per_window).max(axis=1)
+        step_s = _periods(spec)["period_s"]
+        steps = np.histogram(arrival_s, np.arange(0.0, spec.duration_s + step_s / 2, step_s))[0]
+        sure_rps = (steps - 2.0 * np.sqrt(steps)) / step_s
+        window = np.arange(len(steps)) * step_s // (per_window * fine_s)
+        np.maximum.at(usual_rps, np.minimum(window.astype(int), len(usual_rps) - 1), sure_rps)
         _templates[key] = {
-            "template_rps": rps.reshape(-1, per_window).max(axis=1).round(3).tolist(),
+            "template_rps": usual_rps.round(3).tolist(),
             "template_window_s": per_window * fine_s,
+            "surge_rps": round(surge_rps(steps.astype(float), step_s), 3),
         }
     return _templates[key]
 
@@ -261,16 +292,18 @@ def measure(case: Case, folder: Path) -> Values:
     # Without instance scaling, nodes stay the cluster's while they are empty.
     scaled = bool(spec.policy[0].params["instances"])
     tariff = LedgerSpec(grid="CISO", begins_h=spec.ledger.begins_h)
-    hosts = LedgerSpec(grid="CISO", begins_h=spec.ledger.begins_h, host_w=1500.0)
+    hosts = LedgerSpec(grid="CISO", begins_h=spec.ledger.begins_h, plant_hosts=True)
     paid, whole = (
         ledger(recording, prices, warm_s, end_s, given_back=scaled) for prices in (tariff, hosts)
     )
     energy = read_energy(recording, warm_s, end_s, given_back=scaled)
     power_w = energy.used_j.sum(axis=1) / np.diff(energy.edges_s)
     values: Values = {
+        "ladder": _ladder(recording),
         "energy_kwh": paid["energy_kwh"],
         "with_released_kwh": paid["energy_kwh"] + paid["released_kwh"],
         "with_hosts_kwh": whole["energy_kwh"],
+        "whole_cluster_kwh": whole["energy_kwh"] + whole["released_kwh"],
         "carbon_kg": paid["carbon_kg"],
         "energy_usd": paid["energy_usd"],
         "gpu_h": paid["gpu_h"],
@@ -303,6 +336,22 @@ def measure(case: Case, folder: Path) -> Values:
     return values
 
 
+def _ladder(recording: Recording) -> dict[str, int]:
+    """How often each rung was stood on: queues ordered, instances made faster, requests sent
+    elsewhere and dropped."""
+    said = recording.columns("commands", "kind", "value", "outcome", "why")
+    why = recording.columns("moves", "why")["why"]
+    sent = said["outcome"] == "sent"
+    ordered = sent & (said["kind"] == "queue_order") & (said["value"] == 1.0)
+    faster = sent & (said["kind"] == "sm_clock_lock") & (said["why"] == FASTER_WHY)
+    return {
+        "ordered": int(ordered.sum()),
+        "faster": int(faster.sum()),
+        "recalled": int((why == "recalled").sum()),
+        "squashed": int((why == "squashed").sum()),
+    }
+
+
 # What they say.
 
 _PAPER_ENERGY: dict[str, tuple[float, str]] = {
@@ -317,7 +366,10 @@ def rows(results: Results) -> list[Row]:
     """Every comparison that the runs made allow."""
     found: list[Row] = []
     for scenario in results.scenarios():
-        found += _against_single_pool(results, scenario)
+        if scenario != OVERLOAD:
+            found += _against_single_pool(results, scenario)
+    if OVERLOAD in results.scenarios():
+        found += _rungs(results)
     if "40 % mispredicted" in results.arms("conversation hour"):
         found += _ablations(results)
     return found
@@ -325,7 +377,7 @@ def rows(results: Results) -> list[Row]:
 
 def _against_single_pool(results: Results, scenario: str) -> list[Row]:
     found = []
-    arms = [arm for arm in results.arms(scenario) if arm in SYSTEMS or arm == SPREAD]
+    arms = [arm for arm in results.arms(scenario) if arm in SYSTEMS]
     for arm in arms[1:]:
         paper, mark = _PAPER_ENERGY[scenario] if arm == "DynamoLLM" else (None, "ours")
         found.append(
@@ -334,7 +386,7 @@ def _against_single_pool(results: Results, scenario: str) -> list[Row]:
                 paper=paper, mark=mark, note=_attained_note(results, arm, arms[0], scenario),
             )
         )  # fmt: skip
-    if SPREAD in results.arms(scenario):
+    if set(CAREFUL) <= set(results.arms(scenario)):
         found += _at_equal_attainment(results, scenario)
     ours = ("DynamoLLM", "SinglePool", scenario)
     week, conversation = scenario.endswith("week"), scenario.startswith("conversation")
@@ -392,7 +444,7 @@ def _at_equal_attainment(results: Results, scenario: str) -> list[Row]:
     energy = {arm: results.mean("energy_kwh", arm, scenario).mean for arm in enough}
     ours = min(enough, key=energy.__getitem__) if enough else max(careful, key=attained)
     fair = attained("DynamoLLM") - EQUAL_FRAC
-    sparing = [*(_provisioned(factor) for factor in FACTORS), "SinglePool"]
+    sparing = [*(_provisioned(factor) for factor in FACTORS[scenario]), "SinglePool"]
     base = next((arm for arm in sparing if attained(arm) >= fair), "SinglePool")
     return [
         row(ours, "SinglePool", "at SinglePool's attainment", reached=bool(enough)),
@@ -422,12 +474,7 @@ def _ordering(results: Results, scenario: str) -> Row:
 
 def _ablations(results: Results) -> list[Row]:
     scenario = "conversation hour"
-    found = [
-        results.mean_row("attained_frac", LADDER, "DynamoLLM", "coding hour", scale=100.0,
-                         unit="%", metric="SLO attainment, coding hour"),
-        results.change_row("ttft_s.p99", LADDER, "DynamoLLM", "coding hour",
-                           metric="P99 TTFT, coding hour"),
-    ]  # fmt: skip
+    found = []
     for name in VARIANTS:
         wrong = name == "40 % mispredicted"
         found.append(
@@ -450,11 +497,36 @@ def _ablations(results: Results) -> list[Row]:
         results.change_row("energy_kwh", "DynamoLLM, limits x 2", "SinglePool, limits x 2",
                            scenario, metric=f"band: energy, {scenario}")
     )  # fmt: skip
-    bands = (("with_hosts_kwh", "with hosts"), ("with_released_kwh", "released idle"))
+    bands = (
+        ("with_hosts_kwh", "with hosts"),
+        ("with_released_kwh", "nodes given back idle"),
+        ("whole_cluster_kwh", "with hosts, nodes given back idle"),
+    )
     found += [
         results.change_row(number, "DynamoLLM", "SinglePool", where,
                            metric=f"band: energy {what}, {where}")
         for number, what in bands
         for where in results.scenarios()
+        if where != OVERLOAD
     ]  # fmt: skip
+    return found
+
+
+def _rungs(results: Results) -> list[Row]:
+    """What each rung of the ladder buys when there is more load than can be served."""
+    base, found = next(iter(LADDER)), []
+    for arm in LADDER:
+        told = {
+            name: results.mean(f"ladder.{name}", arm, OVERLOAD).mean
+            for name in ("ordered", "faster", "recalled", "squashed")
+        }
+        note = ", ".join(f"{name} {count:.0f}" for name, count in told.items())
+        found.append(
+            results.mean_row("attained_frac", arm, base, OVERLOAD, scale=100.0, unit="%",
+                             metric=f"SLO attainment, {OVERLOAD}", note=note)
+        )  # fmt: skip
+        found.append(
+            results.mean_row("ttft_s.p99", arm, base, OVERLOAD, unit="s",
+                             metric=f"P99 TTFT of what was served, {OVERLOAD}")
+        )  # fmt: skip
     return found

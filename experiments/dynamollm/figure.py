@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from testbed.analysis.figures import COLOURS, GREY, RED, Figure
+from testbed.analysis.drawing import COLOURS, GREY, RED, Figure
 from testbed.analysis.statistics import Estimate
 from testbed.experiment import Results
 
@@ -25,6 +25,8 @@ def figures(results: Results) -> list[Figure]:
     """All that the runs made allow."""
     found = []
     for place, scenario in enumerate(results.scenarios()):
+        if scenario == "overload":
+            continue
         arms = [arm for arm in results.arms(scenario) if arm in SYSTEMS]
         found.append(_bars(results, scenario, arms, place))
         found.append(_pareto(results, scenario, place))

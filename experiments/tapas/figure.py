@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from testbed.analysis.figures import Figure
+from testbed.analysis.drawing import Figure
 from testbed.experiment import Results, load_beside
 
 _COLOURS = {

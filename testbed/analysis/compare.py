@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from testbed.analysis import figures
-from testbed.analysis.figures import COLOURS, Run
+from testbed.analysis.drawing import COLOURS
 from testbed.analysis.page import Page, card, table, tag
+from testbed.analysis.run import Run
 from testbed.analysis.summary import summarise
 from testbed.core.errors import RecordingError
 from testbed.recorder.reader import Recording, Source

@@ -7,181 +7,37 @@ heat map more than `HEAT_ROWS` x `HEAT_BINS` cells, so a page of ten thousand GP
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from testbed.analysis import drawing as draw
+from testbed.analysis.drawing import (
+    BLUE,
+    COLOURS,
+    FEW,
+    GREEN,
+    GREY,
+    HEAT_ROWS,
+    INFERNO,
+    ORANGE,
+    PINK,
+    PURPLE,
+    RED,
+    Figure,
+)
 from testbed.analysis.energy import (
     SLOWING,
     THROTTLE_REASONS,
-    Breach,
-    RowPower,
-    read_rows,
 )
-from testbed.analysis.latency import Requests, cumulative, read_requests
+from testbed.analysis.latency import cumulative
 from testbed.analysis.layouts import read_layouts
-from testbed.analysis.series import MAX_POINTS, edges, envelope, grid, spans
-from testbed.analysis.summary import run_duration_s
-from testbed.core.view import Bools, Floats
+from testbed.analysis.run import Run
+from testbed.analysis.series import edges, envelope, grid, spans
+from testbed.core.view import Floats
 from testbed.recorder.reader import Recording
-from testbed.recorder.tables import ITL_BINS, itl_edges_s, placement_words
-
-HEAT_BINS = 400
-HEAT_ROWS = 96
-FEW = 4
-"""Up to so many rows of racks get a figure each."""
-
-INFERNO = [
-    [place / 5, colour]
-    for place, colour in enumerate(
-        ["#000004", "#420a68", "#932667", "#dd513a", "#fca50a", "#fcffa4"]
-    )
-]
-BLUE, ORANGE, GREEN, RED = "#3b82f6", "#f59e0b", "#10b981", "#ef4444"
-PURPLE, CYAN, PINK, GREY = "#8b5cf6", "#06b6d4", "#ec4899", "#94a3b8"
-COLOURS = [BLUE, ORANGE, GREEN, PURPLE, CYAN, PINK, "#84cc16", "#a16207"]
-OUTCOME_COLOURS = {
-    "sent": GREEN,
-    "unchanged": GREY,
-    "overruled": PURPLE,
-    "refused": RED,
-    "expired": ORANGE,
-}
-
-
-@dataclass(slots=True)
-class Figure:
-    """One figure of the page."""
-
-    name: str
-    title: str
-    note: str
-    data: list[dict[str, Any]]
-    layout: dict[str, Any]
-    height: int = 280
-    wide: bool = False
-    over_time: bool = True
-    """Zooming one figure over time zooms them all."""
-    buttons: list[str] = field(default_factory=list)
-    """Names of alternatives among the traces, of which one is shown."""
-
-
-@dataclass
-class Run:
-    """A recording with what several figures need of it, each read once."""
-
-    recording: Recording
-
-    @cached_property
-    def duration_s(self) -> float:
-        """Length of the run."""
-        return run_duration_s(self.recording)
-
-    @cached_property
-    def scale(self) -> tuple[float, str]:
-        """Seconds per unit of the time axis, and its name."""
-        if self.duration_s > 3 * 3600:
-            return 3600.0, "h"
-        return (60.0, "min") if self.duration_s > 1200 else (1.0, "s")
-
-    @cached_property
-    def edges_s(self) -> Floats:
-        """Bins of time that heat maps and bands share."""
-        # Whole numbers of samples in each bin, and edges between samples: else counters alias.
-        spec = self.recording.manifest["spec"]
-        period_s = max(spec["control"]["sample_period_s"], spec["record"]["gpu_period_s"])
-        samples = max(1, math.ceil(self.duration_s / period_s / HEAT_BINS))
-        bins = max(1, math.ceil((self.duration_s / period_s + 1) / samples))
-        return np.asarray((np.arange(bins + 1) * samples - 0.5) * period_s, np.float64)
-
-    @cached_property
-    def mid(self) -> Floats:
-        """Middles of the bins, in units of the time axis."""
-        return self.time((self.edges_s[1:] + self.edges_s[:-1]) / 2)
-
-    def time(self, t_s: Floats) -> Floats:
-        """Seconds in units of the time axis."""
-        return np.asarray(t_s) / self.scale[0]
-
-    @cached_property
-    def rows(self) -> RowPower:
-        """Draw per row."""
-        return read_rows(self.recording)
-
-    @cached_property
-    def breaches(self) -> list[Breach]:
-        """Every breach."""
-        return self.rows.breaches(self.duration_s)
-
-    @cached_property
-    def requests(self) -> Requests:
-        """The requests."""
-        return read_requests(self.recording)
-
-    @cached_property
-    def index(self) -> dict[str, Any]:
-        """Names and places of the GPUs."""
-        return self.recording.columns("gpu_index")
-
-    @cached_property
-    def info(self) -> dict[int, dict[str, Any]]:
-        """What each GPU last said of itself."""
-        rows = self.recording.table("gpu_info").to_pylist()
-        return {row["gpu"]: row for row in rows}
-
-    def gpus(self, column: str) -> Floats:
-        """A quantity of the GPUs in bins of time: ``[bin, gpu]``."""
-        return self._grids("gpus", "gpu", column, len(self.index["name"]))
-
-    def instances(self, column: str) -> Floats:
-        """A quantity of the instances in bins of time: ``[bin, instance]``."""
-        num = len(self.recording.columns("instance_index", "name")["name"])
-        return self._grids("instances", "instance", column, num)
-
-    def _grids(self, table: str, key: str, column: str, num: int) -> Floats:
-        cache = self.__dict__.setdefault("_cache", {})
-        if (table, column) not in cache:
-            if table not in cache:
-                cache[table] = self.recording.columns(table, "t_s", key)
-            values = self.recording.columns(table, column)[column]
-            at = cache[table]
-            cache[table, column] = grid(at["t_s"], at[key], values, num, self.edges_s)
-        return np.asarray(cache[table, column])
-
-    @cached_property
-    def limit_max_w(self) -> Floats:
-        """Highest limit of each GPU, as it said when it joined."""
-        num = len(self.index["name"])
-        found = [self.info.get(g, {}).get("power_limit_default_w", np.nan) for g in range(num)]
-        return np.asarray(found, np.float64)
-
-    @cached_property
-    def safe_w(self) -> Floats:
-        """What each row would draw at most if every node were cut off."""
-        num = len(self.index["name"])
-        found = [self.info.get(g, {}).get("safe_power_limit_w", np.nan) for g in range(num)]
-        return np.asarray(np.bincount(self.index["row"], found, len(self.rows.name)))
-
-    @cached_property
-    def capped(self) -> Bools:
-        """In which bins a limit below its default held somewhere in each row: ``[bin, row]``."""
-        num_rows = len(self.rows.name)
-        if not len(self.index["name"]):
-            return np.zeros((len(self.edges_s) - 1, num_rows), bool)
-        low = self.gpus("power_limit_enforced_w") < self.limit_max_w - 0.5
-        return np.stack(
-            [low[:, self.index["row"] == row].any(axis=1) for row in range(num_rows)], axis=1
-        )
-
-    def capped_at(self, t_s: Floats, row: Any) -> Bools:
-        """Whether a row was capped at a time."""
-        place = np.clip(np.searchsorted(self.edges_s, t_s, "right") - 1, 0, len(self.capped) - 1)
-        return np.asarray(self.capped[place, row])
-
+from testbed.recorder.tables import ITL_BINS, itl_edges_s
 
 # Power.
 
@@ -202,18 +58,20 @@ def _row_power(run: Run, row: int, what: str = "") -> Figure:
     rows = run.rows
     budget_w = rows.budget_w[:, row]
     data = [
-        _line(*_thin(run, rows.instant_w[:, row]), "instantaneous", GREY, width=1, opacity=0.45),
-        _line(*_thin(run, rows.draw_w[:, row]), "1-second mean", BLUE, width=2.2),
+        draw.line(
+            *draw.thin(run, rows.instant_w[:, row]), "instantaneous", GREY, width=1, opacity=0.45
+        ),
+        draw.line(*draw.thin(run, rows.draw_w[:, row]), "1-second mean", BLUE, width=2.2),
     ]
     limits_w = _row_limits_w(run, row)
     if limits_w is not None:
-        data.append(_line(run.mid, limits_w, "sum of enforced limits", ORANGE, shape="hv"))
+        data.append(draw.line(run.mid, limits_w, "sum of enforced limits", ORANGE, shape="hv"))
     data += _levels(run, budget_w, float(run.safe_w[row]) if len(run.safe_w) > row else np.nan)
     shapes = [
-        _band(run, start, end, ORANGE, 0.10)
+        draw.band(run, start, end, ORANGE, 0.10)
         for start, end in spans(run.capped[:, row], run.edges_s[:-1], run.duration_s)
     ]
-    shapes += [_band(run, b.start_s, b.end_s, RED, 0.28) for b in run.breaches if b.row == row]
+    shapes += [draw.band(run, b.start_s, b.end_s, RED, 0.28) for b in run.breaches if b.row == row]
     own = [b for b in run.breaches if b.row == row]
     note = "Shaded: a cap is set. "
     if own:
@@ -226,8 +84,10 @@ def _row_power(run: Run, row: int, what: str = "") -> Figure:
     elif np.isfinite(budget_w).any():
         note += "Never over budget."
     title = f"{rows.name[row]}" + (f", {what}" if what else "")
-    layout = {"yaxis": _axis("", " W", rangemode="tozero"), "shapes": shapes[:400]}
-    return Figure(f"power{row}", f"Power of {title}", note, data, _timed(run, layout), 320, True)
+    layout = {"yaxis": draw.axis("", " W", rangemode="tozero"), "shapes": shapes[:400]}
+    return Figure(
+        f"power{row}", f"Power of {title}", note, data, draw.timed(run, layout), 320, True
+    )
 
 
 def _row_limits_w(run: Run, row: int) -> Floats | None:
@@ -242,24 +102,32 @@ def _levels(run: Run, budget_w: Floats, safe_w: float) -> list[dict[str, Any]]:
     ends = run.time(np.array([0.0, run.duration_s]))
     data = []
     if np.isfinite(budget_w).all() and (budget_w == budget_w[0]).all():
-        data.append(_line(ends, [budget_w[0]] * 2, "budget", RED, dash="dash"))
+        data.append(draw.line(ends, [budget_w[0]] * 2, "budget", RED, dash="dash"))
     elif np.isfinite(budget_w).any():
-        data.append(_line(*_thin(run, budget_w), "budget", RED, dash="dash", shape="hv"))
+        data.append(draw.line(*draw.thin(run, budget_w), "budget", RED, dash="dash", shape="hv"))
     if np.isfinite(safe_w) and safe_w > 0:
-        data.append(_line(ends, [safe_w] * 2, "sum of safe caps", GREEN, dash="dot"))
+        data.append(draw.line(ends, [safe_w] * 2, "sum of safe caps", GREEN, dash="dot"))
     return data
 
 
 def _cluster_power(run: Run) -> Figure:
     total_w = run.rows.total_w
     data = [
-        _line(*_thin(run, run.rows.instant_w.sum(axis=1)), "instantaneous", GREY, 1, opacity=0.45),
-        _line(*_thin(run, total_w), "1-second mean", BLUE, width=2.2),
+        draw.line(
+            *draw.thin(run, run.rows.instant_w.sum(axis=1)), "instantaneous", GREY, 1, opacity=0.45
+        ),
+        draw.line(*draw.thin(run, total_w), "1-second mean", BLUE, width=2.2),
         *_levels(run, run.rows.budget_w.sum(axis=1), float(run.safe_w.sum())),
     ]
-    layout = {"yaxis": _axis("", " W", rangemode="tozero")}
+    layout = {"yaxis": draw.axis("", " W", rangemode="tozero")}
     return Figure(
-        "power", f"Power of all {len(run.rows.name)} rows", "", data, _timed(run, layout), 320, True
+        "power",
+        f"Power of all {len(run.rows.name)} rows",
+        "",
+        data,
+        draw.timed(run, layout),
+        320,
+        True,
     )
 
 
@@ -271,12 +139,12 @@ def _row_heat(run: Run) -> Figure:
     limited = bool(np.isfinite(run.rows.budget_w).all())
     shown = used if limited else run.rows.draw_w.ravel()
     matrix = grid(t_s, key, shown, num, run.edges_s, "max")
-    trace = _heat(run, matrix, run.rows.name, "of budget" if limited else "W", INFERNO)
+    trace = draw.heat(run, matrix, run.rows.name, "of budget" if limited else "W", INFERNO)
     if limited:
         trace |= {"zmin": 0, "zmax": 1.05}
     title = "Draw of each row" + (" as a share of its budget" if limited else "")
     return Figure(
-        "rows", title, "Highest 1-second mean in each bin.", [trace], _timed(run, {}), 420, True
+        "rows", title, "Highest 1-second mean in each bin.", [trace], draw.timed(run, {}), 420, True
     )
 
 
@@ -300,8 +168,8 @@ def gpus(run: Run) -> list[Figure]:
             name,
             title,
             "",
-            _bands(run, run.gpus(name), colour, unit),
-            _timed(run, {"yaxis": _axis("", unit)}),
+            draw.bands(run, run.gpus(name), colour, unit),
+            draw.timed(run, {"yaxis": draw.axis("", unit)}),
         )
         for name, title, unit, colour in GPU_QUANTITIES[:3]
     ]
@@ -321,15 +189,15 @@ def _throttle(run: Run) -> Figure:
         share = grid(table["t_s"], one, on.astype(np.float64), 1, run.edges_s)[:, 0]
         colour = colours.get(name, GREY)
         data.append(
-            _line(run.mid, share, name, colour, width=1.2)
-            | {"fill": "tozeroy", "fillcolor": _rgba(colour, 0.25)}
+            draw.line(run.mid, share, name, colour, width=1.2)
+            | {"fill": "tozeroy", "fillcolor": draw.rgba(colour, 0.25)}
         )
     note = "Share of GPUs, by NVML's clocks event reasons."
     if not data:
         note = "No GPU was slowed or idle at any sample."
-        data = [_line(run.mid, np.zeros(len(run.mid)), "none", GREY)]
-    layout = {"yaxis": _axis("", "", range=[0, 1.02], tickformat=".0%")}
-    return Figure("throttle", "Throttle reasons", note, data, _timed(run, layout))
+        data = [draw.line(run.mid, np.zeros(len(run.mid)), "none", GREY)]
+    layout = {"yaxis": draw.axis("", "", range=[0, 1.02], tickformat=".0%")}
+    return Figure("throttle", "Throttle reasons", note, data, draw.timed(run, layout))
 
 
 def _gpu_heat(run: Run) -> Figure:
@@ -337,10 +205,10 @@ def _gpu_heat(run: Run) -> Figure:
     names = [str(name) for name in run.index["name"]]
     data = []
     for place, (name, title, unit, _) in enumerate(GPU_QUANTITIES[::-1]):
-        matrix, labels = _gathered(run.gpus(name), names)
+        matrix, labels = draw.gathered(run.gpus(name), names)
         scale: Any = "Viridis" if name != "temp_c" else INFERNO
         data.append(
-            _heat(run, matrix, labels, unit.strip() or "share", scale)
+            draw.heat(run, matrix, labels, unit.strip() or "share", scale)
             | {"name": title, "visible": place == 1}
         )
     shown = min(len(names), HEAT_ROWS)
@@ -350,7 +218,7 @@ def _gpu_heat(run: Run) -> Figure:
         f"All {len(names)} GPUs",
         note,
         data,
-        _timed(run, {}),
+        draw.timed(run, {}),
         int(np.clip(120 + 13 * shown, 260, 560)),
         True,
         buttons=[title for _, title, _, _ in GPU_QUANTITIES[::-1]],
@@ -380,13 +248,13 @@ def _ttft_distribution(run: Run) -> Figure:
         colour = COLOURS[place % len(COLOURS)]
         value_s, share = cumulative(run.requests.ttft_s[inside])
         if len(value_s):
-            data.append(_line(value_s, share, name, colour, 2))
+            data.append(draw.line(value_s, share, name, colour, 2))
         limit_s = float(run.requests.ttft_limit_s[inside][0])
-        shapes.append(_mark(limit_s, colour))
-        marks.append(_label(np.log10(limit_s), f"SLO {limit_s:g} s", colour, place))
+        shapes.append(draw.mark(limit_s, colour))
+        marks.append(draw.label(np.log10(limit_s), f"SLO {limit_s:g} s", colour, place))
     layout = {
-        "xaxis": _log_axis(1.0, " s"),
-        "yaxis": _axis("", "", range=[0, 1.02], tickformat=".0%"),
+        "xaxis": draw.log_axis(1.0, " s"),
+        "yaxis": draw.axis("", "", range=[0, 1.02], tickformat=".0%"),
         "shapes": shapes,
         "annotations": marks,
         "hovermode": "closest",
@@ -425,17 +293,21 @@ def _itl_distribution(run: Run) -> Figure:
         # Three bins together: 6 % wide, smooth to the eye and still narrower than any mode.
         smooth = np.convolve(counts, np.ones(3) / 3, "same")[part] / counts.sum()
         data.append(
-            _line(middle_s[part] * 1e3, smooth, name, colour, 1.8)
-            | {"fill": "tozeroy", "fillcolor": _rgba(colour, 0.15), "hovertemplate": "%{x:.3g} ms"}
+            draw.line(middle_s[part] * 1e3, smooth, name, colour, 1.8)
+            | {
+                "fill": "tozeroy",
+                "fillcolor": draw.rgba(colour, 0.15),
+                "hovertemplate": "%{x:.3g} ms",
+            }
         )
     for place, entry in enumerate(run.recording.manifest["spec"]["slo_class"]):
         colour = COLOURS[place % len(COLOURS)]
         limit_ms = entry["tpot_s"] * 1e3
-        shapes.append(_mark(limit_ms, colour))
-        marks.append(_label(np.log10(limit_ms), f"{entry['name']} SLO", colour, place))
+        shapes.append(draw.mark(limit_ms, colour))
+        marks.append(draw.label(np.log10(limit_ms), f"{entry['name']} SLO", colour, place))
     layout = {
-        "xaxis": _log_axis(1e3, " ms"),
-        "yaxis": _axis("", "", rangemode="tozero", tickformat=".1%"),
+        "xaxis": draw.log_axis(1e3, " ms"),
+        "yaxis": draw.axis("", "", rangemode="tozero", tickformat=".1%"),
         "shapes": shapes,
         "annotations": marks,
         "hovermode": "closest",
@@ -455,13 +327,13 @@ def _ttft_over_time(run: Run) -> Figure:
         for share, dash, label in ((0.5, "solid", "p50"), (0.99, "dot", "p99")):
             line = _binned(run.requests.arrival_s[inside], run.requests.ttft_s[inside], bins, share)
             data.append(
-                _line(middle, line, f"{name} {label}", colour, 1.8, dash=dash)
+                draw.line(middle, line, f"{name} {label}", colour, 1.8, dash=dash)
                 | {"connectgaps": True}
             )
-    shapes = _cap_bands(run)
-    layout = {"yaxis": _axis("", " s", rangemode="tozero"), "shapes": shapes}
+    shapes = draw.cap_bands(run)
+    layout = {"yaxis": draw.axis("", " s", rangemode="tozero"), "shapes": shapes}
     note = "By time of arrival." + (" Shaded: a cap is set in some row." if shapes else "")
-    return Figure("ttft_time", "TTFT over time", note, data, _timed(run, layout))
+    return Figure("ttft_time", "TTFT over time", note, data, draw.timed(run, layout))
 
 
 def _binned(t_s: Floats, value: Floats, bins: Floats, share: float) -> Floats:
@@ -481,11 +353,11 @@ def _arrivals(run: Run) -> Figure:
         rate = np.histogram(run.requests.arrival_s[inside], bins)[0] / width_s
         colour = COLOURS[place % len(COLOURS)]
         data.append(
-            _line(middle, rate, name, colour, 1.2, shape="hvh")
-            | {"stackgroup": "one", "fillcolor": _rgba(colour, 0.35)}
+            draw.line(middle, rate, name, colour, 1.2, shape="hvh")
+            | {"stackgroup": "one", "fillcolor": draw.rgba(colour, 0.35)}
         )
-    layout = {"yaxis": _axis("", " /s", rangemode="tozero")}
-    return Figure("arrivals", "Arrivals", "Requests per second.", data, _timed(run, layout))
+    layout = {"yaxis": draw.axis("", " /s", rangemode="tozero")}
+    return Figure("arrivals", "Arrivals", "Requests per second.", data, draw.timed(run, layout))
 
 
 def instances(run: Run) -> list[Figure]:
@@ -500,16 +372,16 @@ def instances(run: Run) -> list[Figure]:
     ]
     made = []
     for name, title, unit, colour in quantities:
-        axis = _axis("", unit, rangemode="tozero")
+        axis = draw.axis("", unit, rangemode="tozero")
         if name.endswith("_frac"):
             axis |= {"tickformat": ".0%", "range": [0, 1.02]}
-        bands = _bands(run, run.instances(name), colour, unit)
-        made.append(Figure(name, title, "Per instance.", bands, _timed(run, {"yaxis": axis})))
+        bands = draw.bands(run, run.instances(name), colour, unit)
+        made.append(Figure(name, title, "Per instance.", bands, draw.timed(run, {"yaxis": axis})))
     data = []
     for place, (name, title, _, _) in enumerate(quantities):
-        matrix, labels = _gathered(run.instances(name), names)
+        matrix, labels = draw.gathered(run.instances(name), names)
         data.append(
-            _heat(run, matrix, labels, "", "Viridis") | {"name": title, "visible": place == 0}
+            draw.heat(run, matrix, labels, "", "Viridis") | {"name": title, "visible": place == 0}
         )
     shown = min(len(names), HEAT_ROWS)
     heat = Figure(
@@ -517,7 +389,7 @@ def instances(run: Run) -> list[Figure]:
         f"All {len(names)} instances",
         "" if len(names) == shown else f"Each line is the mean of {len(names) / shown:.0f}.",
         data,
-        _timed(run, {}),
+        draw.timed(run, {}),
         int(np.clip(120 + 13 * shown, 260, 560)),
         True,
         buttons=[title for _, title, _, _ in quantities],
@@ -539,9 +411,9 @@ def _tokens(run: Run) -> Figure:
         span = min(max(1, round(1.0 / width_s)), len(rate))
         smooth = np.convolve(rate, np.ones(span), "same")
         smooth /= np.convolve(np.ones(len(rate)), np.ones(span), "same")
-        data.append(_line(run.mid[1:], smooth, title, colour, 1.8))
-    layout = {"yaxis": _axis("", " /s", rangemode="tozero")}
-    return Figure("tokens", "Tokens per second", "All instances.", data, _timed(run, layout))
+        data.append(draw.line(run.mid[1:], smooth, title, colour, 1.8))
+    layout = {"yaxis": draw.axis("", " /s", rangemode="tozero")}
+    return Figure("tokens", "Tokens per second", "All instances.", data, draw.timed(run, layout))
 
 
 # Memory tenants.
@@ -560,7 +432,7 @@ def tenants(run: Run) -> list[Figure]:
 
     gib = 2.0**30
     data = [
-        _line(run.mid, np.nansum(of(column), axis=1) / gib, title, colour, 2, dash=dash)
+        draw.line(run.mid, np.nansum(of(column), axis=1) / gib, title, colour, 2, dash=dash)
         for column, title, colour, dash in (
             ("limit_bytes", "limit", ORANGE, "solid"),
             ("working_set_bytes", "working set", PURPLE, "solid"),
@@ -570,17 +442,17 @@ def tenants(run: Run) -> list[Figure]:
     ]
     ends = run.time(np.array([0.0, run.duration_s]))
     for column, title in (("memory_bytes", "sold"), ("guaranteed_bytes", "guaranteed")):
-        data.append(_line(ends, [index[column].sum() / gib] * 2, title, GREY, 1.4, dash="dot"))
+        data.append(draw.line(ends, [index[column].sum() / gib] * 2, title, GREY, 1.4, dash="dot"))
     memory = Figure(
         "memory",
         f"Memory of {num} tenants",
         "Sums over all tenants.",
         data,
-        _timed(run, {"yaxis": _axis("", " GiB", rangemode="tozero")}),
+        draw.timed(run, {"yaxis": draw.axis("", " GiB", rangemode="tozero")}),
         320,
         True,
     )
-    share = {"yaxis": _axis("", "", rangemode="tozero", tickformat=".0%")}
+    share = {"yaxis": draw.axis("", "", rangemode="tozero", tickformat=".0%")}
     width_s = float(run.edges_s[1] - run.edges_s[0])
     faults = np.maximum(np.diff(np.nan_to_num(of("major_faults_total")), axis=0), 0) / width_s
     return [
@@ -589,299 +461,25 @@ def tenants(run: Run) -> list[Figure]:
             "psi",
             "Memory pressure",
             "Share of time that some task stalls (PSI some).",
-            _bands(run, of("pressure_some_frac"), PURPLE, ""),
-            _timed(run, share),
+            draw.bands(run, of("pressure_some_frac"), PURPLE, ""),
+            draw.timed(run, share),
         ),
         Figure(
             "slowdown",
             "Slowdown of tenants",
             "Share of speed lost.",
-            _bands(run, of("slowdown_frac"), RED, ""),
-            _timed(run, share),
+            draw.bands(run, of("slowdown_frac"), RED, ""),
+            draw.timed(run, share),
         ),
         Figure(
             "faults",
             "Major faults",
             "All tenants.",
-            [_line(run.mid[1:], faults.sum(axis=1), "major faults", ORANGE)],
-            _timed(run, {"yaxis": _axis("", " /s", rangemode="tozero")}),
+            [draw.line(run.mid[1:], faults.sum(axis=1), "major faults", ORANGE)],
+            draw.timed(run, {"yaxis": draw.axis("", " /s", rangemode="tozero")}),
             wide=True,
         ),
     ]
-
-
-# Control.
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """Commands of one policy in one step that share an outcome, over their targets."""
-
-    t_s: float
-    policy: str
-    precedence: str
-    kind: str
-    targets: list[str]
-    low: float
-    high: float
-    outcome: str
-    winner: str
-    why: str
-
-
-def orders(recording: Recording) -> list[Order]:
-    """The commands table with the targets of one command gathered."""
-    table = recording.columns("commands")
-    found: dict[tuple[Any, ...], list[int]] = {}
-    keys = zip(
-        table["t_s"],
-        table["step"],
-        table["policy_index"],
-        table["command"],
-        table["kind"],
-        table["outcome"],
-        table["winner"],
-        table["why"],
-        strict=True,
-    )
-    for place, key in enumerate(keys):
-        found.setdefault(key, []).append(place)
-    return [
-        Order(
-            t_s=float(table["t_s"][places[0]]),
-            policy=str(table["policy"][places[0]]),
-            precedence=str(table["precedence"][places[0]]),
-            kind=str(table["kind"][places[0]]),
-            targets=[str(name) for name in table["target"][places]],
-            low=float(table["value"][places].min()),
-            high=float(table["value"][places].max()),
-            outcome=str(table["outcome"][places[0]]),
-            winner=str(table["winner"][places[0]]),
-            why=str(table["why"][places[0]]),
-        )
-        for places in found.values()
-    ]
-
-
-VALUE_WORDS: dict[str, Callable[[float], str]] = {
-    "power_limit": lambda value: f"{value:.4g} W",
-    "sm_clock_lock": lambda value: f"{value:.0f} MHz" if value else "unlocked",
-    "memory_limit": lambda value: f"{value / 2**20:,.0f} MiB",
-    "drain": lambda value: "drain" if value else "resume",
-    "max_num_seqs": lambda value: f"batch of {value:.0f}" if value else "the pool's batch",
-    "queue_order": lambda value: "by deadline" if value else "by arrival",
-    "recall": lambda value: "recall",
-    "squash": lambda value: f"squash after {value:g} x TTFT",
-    "place_vm": lambda value: f"on node {value:.0f}",
-    "layout_snapshot": placement_words,
-    "layout_cold": lambda value: f"{placement_words(value)}, cold",
-}
-
-
-def value_words(order: Order) -> str:
-    """The value of an order with its unit; a range where the targets differ."""
-    say = VALUE_WORDS[order.kind]
-    if order.low == order.high:
-        return say(order.low)
-    return f"{say(order.low)} to {say(order.high)}"
-
-
-def commands(run: Run, made: Sequence[Order]) -> list[Figure]:
-    """Who asked when, and what became of it."""
-    if not made:
-        return []
-    every = max(1, len(made) // MAX_POINTS)
-    shown = made[::every]
-    data = []
-    for outcome in sorted({order.outcome for order in shown}):
-        own = [order for order in shown if order.outcome == outcome]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": outcome,
-                "x": numbers(run.time(np.array([order.t_s for order in own]))),
-                "y": [order.policy for order in own],
-                "text": [
-                    f"{value_words(o)} for {len(o.targets)} ({o.why})"
-                    if o.why
-                    else f"{value_words(o)} for {len(o.targets)}"
-                    for o in own
-                ],
-                "hovertemplate": "%{text}<extra>%{y}</extra>",
-                "marker": {
-                    "color": OUTCOME_COLOURS.get(outcome, GREY),
-                    "size": [float(6 + 2 * np.log2(len(o.targets))) for o in own],
-                    "symbol": "circle"
-                    if outcome == "sent"
-                    else "x-thin-open"
-                    if outcome in ("refused", "expired")
-                    else "circle-open",
-                    "line": {"width": 1.5, "color": OUTCOME_COLOURS.get(outcome, GREY)},
-                    "opacity": 0.85,
-                },
-            }
-        )
-    policies = len({order.policy for order in shown})
-    layout = _timed(run, {"yaxis": {"automargin": True, "type": "category"}})
-    layout["hovermode"] = "closest"
-    note = "One mark per command; larger for more targets."
-    return [Figure("commands", "Commands", note, data, layout, 130 + 42 * policies, True)]
-
-
-# Pieces.
-
-
-def numbers(values: Any) -> list[float | None]:
-    """Plain numbers of five digits, None for what is not finite.
-
-    >>> numbers(np.array([1.23456789, np.nan]))
-    [1.2346, None]
-    """
-    array = np.asarray(values, np.float64)
-    finite = np.isfinite(array)
-    safe = np.where(finite & (array != 0), array, 1.0)
-    digits = 10.0 ** (4 - np.floor(np.log10(np.abs(safe))))
-    rounded = np.where(array == 0, 0.0, np.round(safe * digits) / digits)
-    return [float(f"{v:.6g}") if ok else None for v, ok in zip(rounded, finite, strict=True)]
-
-
-def _line(
-    x: Any,
-    y: Any,
-    name: str,
-    colour: str,
-    width: float = 1.6,
-    *,
-    dash: str = "solid",
-    shape: str = "linear",
-    opacity: float = 1.0,
-) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": _times(x),
-        "y": numbers(y),
-        "opacity": opacity,
-        "line": {"color": colour, "width": width, "dash": dash, "shape": shape},
-    }
-
-
-def _times(x: Any) -> list[float]:
-    """Places on an axis, to seven digits: times need more than values do."""
-    return [float(f"{value:.7g}") for value in x]
-
-
-def _thin(run: Run, value: Floats) -> tuple[Floats, Floats]:
-    t_s, thin = envelope(run.rows.t_s, value)
-    return run.time(t_s), thin
-
-
-def _bands(run: Run, matrix: Floats, colour: str, unit: str) -> list[dict[str, Any]]:
-    """Median of all devices over time, with the middle half and the whole range around it."""
-    with np.errstate(invalid="ignore"):
-        known = matrix[~np.isnan(matrix).all(axis=1)]
-        mid = run.mid[~np.isnan(matrix).all(axis=1)]
-        low, quarter, half, three, high = np.nanquantile(known, [0, 0.25, 0.5, 0.75, 1], axis=1)
-    if matrix.shape[1] == 1:
-        return [_line(mid, half, "value", colour, 1.8)]
-    area = {"fill": "tonexty", "hoverinfo": "skip"}
-    none = {"hoverinfo": "skip", "showlegend": False}
-    return [
-        _line(mid, low, "lowest", colour, 0) | none,
-        _line(mid, high, "all", colour, 0) | area | {"fillcolor": _rgba(colour, 0.14)},
-        _line(mid, quarter, "quarter", colour, 0) | none,
-        _line(mid, three, "middle half", colour, 0) | area | {"fillcolor": _rgba(colour, 0.30)},
-        _line(mid, half, "median", colour, 2),
-    ]
-
-
-def _heat(
-    run: Run, matrix: Floats, labels: Sequence[str], unit: str, colours: Any
-) -> dict[str, Any]:
-    return {
-        "type": "heatmap",
-        "x": _times(run.mid),
-        "y": list(labels),
-        "z": [numbers(column) for column in matrix.T],
-        "colorscale": colours,
-        "colorbar": {"title": {"text": unit}, "thickness": 10, "outlinewidth": 0},
-        "hovertemplate": "%{y}<br>%{x}<br>%{z} " + unit + "<extra></extra>",
-    }
-
-
-def _gathered(matrix: Floats, names: Sequence[str]) -> tuple[Floats, list[str]]:
-    """At most HEAT_ROWS columns: means of neighbours, named by the first of them."""
-    if len(names) <= HEAT_ROWS:
-        return matrix, list(names)
-    starts = np.linspace(0, len(names), HEAT_ROWS, endpoint=False).astype(int)
-    sizes = np.diff(np.append(starts, len(names)))
-    means = np.add.reduceat(np.nan_to_num(matrix), starts, axis=1) / sizes
-    return means, [f"{names[start]} +{size - 1}" for start, size in zip(starts, sizes, strict=True)]
-
-
-def _timed(run: Run, layout: dict[str, Any]) -> dict[str, Any]:
-    unit = run.scale[1]
-    end = run.duration_s / run.scale[0]
-    return layout | {"xaxis": _axis("", f" {unit}", range=[0, end]), "hovermode": "x unified"}
-
-
-def _axis(title: str, suffix: str, **more: Any) -> dict[str, Any]:
-    axis: dict[str, Any] = {"ticksuffix": suffix, "automargin": True, **more}
-    return axis | ({"title": {"text": title}} if title else {})
-
-
-def _log_axis(per_s: float, suffix: str) -> dict[str, Any]:
-    """A logarithmic axis of times with 1, 2 and 5 of every decade from 0.1 ms to 1,000 s."""
-    ticks = [digit * 10.0**decade * per_s for decade in range(-4, 4) for digit in (1, 2, 5)]
-    labels = [f"{tick:g}{suffix}" for tick in ticks]
-    return {"type": "log", "tickvals": ticks, "ticktext": labels, "automargin": True}
-
-
-def _band(run: Run, start_s: float, end_s: float, colour: str, opacity: float) -> dict[str, Any]:
-    return {
-        "type": "rect",
-        "xref": "x",
-        "yref": "paper",
-        "x0": start_s / run.scale[0],
-        "x1": end_s / run.scale[0],
-        "y0": 0,
-        "y1": 1,
-        "fillcolor": colour,
-        "opacity": opacity,
-        "line": {"width": 0},
-        "layer": "below",
-    }
-
-
-def _cap_bands(run: Run) -> list[dict[str, Any]]:
-    capped = np.asarray(run.capped.any(axis=1), np.bool_)
-    found = spans(capped, run.edges_s[:-1], run.duration_s)
-    return [_band(run, start, end, ORANGE, 0.10) for start, end in found[:400]]
-
-
-def _mark(x: float, colour: str) -> dict[str, Any]:
-    line = {"color": colour, "width": 1.5, "dash": "dash"}
-    return {"type": "line", "yref": "paper", "x0": x, "x1": x, "y0": 0, "y1": 1, "line": line}
-
-
-def _label(x: float, text: str, colour: str, place: int) -> dict[str, Any]:
-    return {
-        "x": x,
-        "y": 0.99 - 0.09 * (place % 8),
-        "yref": "paper",
-        "text": text,
-        "showarrow": False,
-        "xanchor": "left",
-        "xshift": 3,
-        "font": {"color": colour, "size": 11},
-    }
-
-
-def _rgba(colour: str, opacity: float) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
 
 
 # Several runs.
@@ -896,20 +494,20 @@ def overlays(runs: Sequence[Run], labels: Sequence[str]) -> list[Figure]:
         colour = COLOURS[place % len(COLOURS)]
         if len(run.rows.t_s):
             t_s, total_w = envelope(run.rows.t_s, run.rows.total_w)
-            watts.append(_line(longest.time(t_s), total_w, label, colour, 1.8))
+            watts.append(draw.line(longest.time(t_s), total_w, label, colour, 1.8))
         value_s, share = cumulative(run.requests.ttft_s)
-        first.append(_line(value_s, share, label, colour, 2))
+        first.append(draw.line(value_s, share, label, colour, 2))
         counts = sum(itl_by_pool(run.recording).values())
         if np.any(counts):
             below = np.cumsum(counts) / np.sum(counts)
             used = np.flatnonzero(counts)
             part = slice(max(used[0] - 1, 0), used[-1] + 1)
-            gaps.append(_line(edges_s[1:][part] * 1e3, below[part], label, colour, 2))
-    share_axis = _axis("", "", range=[0, 1.02], tickformat=".0%")
-    power_layout = _timed(longest, {"yaxis": _axis("", " W", rangemode="tozero")})
-    ttft_layout = {"xaxis": _log_axis(1.0, " s"), "yaxis": share_axis, "hovermode": "closest"}
+            gaps.append(draw.line(edges_s[1:][part] * 1e3, below[part], label, colour, 2))
+    share_axis = draw.axis("", "", range=[0, 1.02], tickformat=".0%")
+    power_layout = draw.timed(longest, {"yaxis": draw.axis("", " W", rangemode="tozero")})
+    ttft_layout = {"xaxis": draw.log_axis(1.0, " s"), "yaxis": share_axis, "hovermode": "closest"}
     itl_layout = {
-        "xaxis": _log_axis(1e3, " ms"),
+        "xaxis": draw.log_axis(1e3, " ms"),
         "yaxis": share_axis,
         "hovermode": "closest",
     }

@@ -56,7 +56,7 @@ def summary(recording: Recording, duration_s: float) -> dict[str, Any]:
 
     ``gpu_s`` counts a GPU while an instance starts, serves or drains on it; ``stops`` counts slots
     that fell empty (not those that took another instance at once); ``quality_mean_frac`` is the
-    mean over completed requests of the declared quality of what finished them.
+    mean over completed requests of the declared quality of what finished them, where there is one.
     """
     layouts = read_layouts(recording)
     last = np.append(layouts.instance[1:] != layouts.instance[:-1], True)
@@ -70,6 +70,7 @@ def summary(recording: Recording, duration_s: float) -> dict[str, Any]:
     before[np.append(True, last[:-1])] = layouts.state[np.append(True, last[:-1])]
     changed = layouts.state != before
     quality = quality_frac(recording, layouts)
+    quality = quality[~np.isnan(quality)]
     return {
         "gpu_s": sum(by_state.values()),
         "gpu_s_by_state": by_state,

@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from emulators.datacenter import Host
+from emulators.profiles import load_gpu
 from testbed.analysis.layouts import read_layouts
 from testbed.core.errors import SpecError
-from testbed.core.spec import LedgerSpec
+from testbed.core.spec import LedgerSpec, PlantSpec, RunSpec
 from testbed.core.view import OFF, Floats, Ints
 from testbed.recorder.reader import Recording, Source
 
@@ -183,8 +185,12 @@ def ledger(
     middle_s = (energy.edges_s[1:] + energy.edges_s[:-1]) / 2 * scale
     length_s = np.diff(energy.edges_s)[:, None] * scale
     gpu_kwh = energy.used_j * scale / J_PER_KWH
-    host_kwh = tariff.host_w * energy.used_frac * length_s / J_PER_KWH
+    whole_host_w = _host_w(recording.spec, tariff, energy)
+    host_kwh = whole_host_w * energy.used_frac * length_s / J_PER_KWH
     kwh = (gpu_kwh + host_kwh) * tariff.pue
+    released_kwh = energy.drawn_j * (1 - energy.used_frac) * scale / J_PER_KWH
+    if tariff.plant_hosts:
+        released_kwh += whole_host_w * (1 - energy.used_frac) * length_s / J_PER_KWH
     carbon_g = _hourly(tariff.grid, middle_s, tariff.begins_h)[:, None] * kwh
     usd = _priced(tariff.price_usd_per_kwh, middle_s, tariff.begins_h)[:, None] * kwh
     gpu_h = energy.gpu_s * scale / 3600
@@ -192,9 +198,7 @@ def ledger(
         "gpu_kwh": float(gpu_kwh.sum()),
         "host_kwh": float(host_kwh.sum()),
         "energy_kwh": float(kwh.sum()),
-        "released_kwh": float(
-            (energy.drawn_j * (1 - energy.used_frac)).sum() * scale / J_PER_KWH * tariff.pue
-        ),
+        "released_kwh": float(released_kwh.sum()) * tariff.pue,
         "carbon_kg": float(carbon_g.sum()) / 1000 if tariff.grid else None,
         "energy_usd": float(usd.sum()),
         "gpu_h": gpu_h,
@@ -210,6 +214,14 @@ def ledger(
             for column, found in shares.items()
         },
     }
+
+
+def _host_w(spec: RunSpec, tariff: LedgerSpec, energy: Energy) -> Floats:
+    """``[bin, node]``: what nodes draw beside their GPUs while they are on."""
+    if not tariff.plant_hosts:
+        return np.full(energy.drawn_j.shape, tariff.host_w)
+    host = Host(spec.plant or PlantSpec(), load_gpu(spec.cluster.gpu), spec.cluster.gpus_per_node)
+    return host.host_w(host.load(energy.drawn_j / np.diff(energy.edges_s)[:, None]))
 
 
 def _part(totals: dict[str, Any], share: float) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from plotly.offline import get_plotlyjs
 
-from testbed.analysis.figures import Figure
+from testbed.analysis.drawing import Figure
 
 
 class Page:

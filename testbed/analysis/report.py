@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from testbed.analysis import figures
-from testbed.analysis.figures import Order, Run
 from testbed.analysis.latency import itl_percentiles, percentiles
+from testbed.analysis.orders import Order, commands, orders, value_words
 from testbed.analysis.page import Page, card, table, tag
+from testbed.analysis.run import Run
 from testbed.analysis.summary import last_lateness, late_limit_s, summarise
 from testbed.recorder.reader import Recording, Source
 from testbed.recorder.tables import ITL_BINS
@@ -49,10 +50,8 @@ def report_html(recording: Recording) -> str:
     )
     page.section("instances", "Instances", page.figures(figures.instances(run)))
     page.section("memory", "Memory", page.figures(figures.tenants(run)))
-    orders = figures.orders(recording)
-    page.section(
-        "commands", "Commands", page.figures(figures.commands(run, orders)) + _orders(orders)
-    )
+    made = orders(recording)
+    page.section("commands", "Commands", page.figures(commands(run, made)) + _orders(made))
     page.section("events", "Events", _events(recording))
     page.section("time", "Real time", _lateness(recording))
     page.section("provenance", "Provenance", _provenance(recording))
@@ -301,7 +300,7 @@ def _orders(orders: list[Order]) -> str:
             order.policy,
             order.precedence,
             order.kind,
-            figures.value_words(order),
+            value_words(order),
             _targets(order.targets),
             order.outcome + (f" by {order.winner}" if order.winner else ""),
             order.why,

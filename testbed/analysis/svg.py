@@ -3,7 +3,7 @@
 Takes the part of Plotly's vocabulary that READMEs need: lines and markers, and heat maps. Narrow
 figures stand two to a line, wide ones alone.
 
->>> from testbed.analysis.figures import Figure
+>>> from testbed.analysis.drawing import Figure
 >>> line = {"x": [0, 1, 2], "y": [0.0, 5.0, 3.0], "name": "draw", "mode": "lines"}
 >>> text = svg_of([Figure("power", "Power", "of a row", [line], {}, wide=True)])
 >>> text.count("<path"), "Power" in text
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from testbed.analysis.figures import COLOURS, INFERNO, Figure
+from testbed.analysis.drawing import COLOURS, INFERNO, Figure
 from testbed.core.view import Floats
 
 _WIDTH, _GAP = 1180, 20

@@ -113,6 +113,8 @@ class InFlight:
     """How often an instance gave it up without having failed."""
     done_tokens: int = 0
     """Output that it had by then, which the next instance computes again as part of the prompt."""
+    prefill_due_tokens: int = 0
+    """What it counts for in `InstanceColumns.prefill_due_tokens`: 0 once it has a token."""
 
     @property
     def rest(self) -> Request:
@@ -538,6 +540,7 @@ class Coordinator:
             if entry is None or not first <= entry.instance < stop:
                 continue  # of an attempt that was given up
             if event == "first_token":
+                self._prefilled(entry)
                 if not entry.done_tokens:  # else the first of its rest
                     entry.first_token_s, entry.first_token_seen_s = t_s, seen_s
             elif event == "finished":
@@ -639,6 +642,9 @@ class Coordinator:
         entry.routed_s = now_s
         instances.outstanding_requests[chosen] += 1
         instances.outstanding_tokens[chosen] += entry.tokens
+        due_tokens = request.prompt_tokens + request.image_tokens + entry.done_tokens
+        entry.prefill_due_tokens = due_tokens
+        instances.prefill_due_tokens[chosen] += due_tokens
         node = self.layout.nodes[self._node_of[chosen]]
         local = chosen - node.instances.start
         if entry.done_tokens:
@@ -670,7 +676,14 @@ class Coordinator:
             instances = self.layout.instances
             instances.outstanding_requests[instance] -= 1
             instances.outstanding_tokens[instance] -= entry.tokens
+            self._prefilled(entry)
         entry.instance = -1
+
+    def _prefilled(self, entry: InFlight) -> None:
+        """No prompt of this request is due where it is: it has a token, or leaves."""
+        due = self.layout.instances.prefill_due_tokens
+        due[entry.instance] -= entry.prefill_due_tokens
+        entry.prefill_due_tokens = 0
 
     def _end(
         self, entry: InFlight, status: str, t_s: float, seen_s: float, preemptions: int

@@ -52,7 +52,9 @@ class Scheduler(Protocol):
         ...
 
 
-class _Heap:
+class VirtualScheduler:
+    """Time that jumps from one event to the next."""
+
     def __init__(self) -> None:
         self.now_s = 0.0
         self.stopped = False
@@ -70,10 +72,6 @@ class _Heap:
     def stop(self) -> None:
         """Leave `run` after the current callback."""
         self.stopped = True
-
-
-class VirtualScheduler(_Heap):
-    """Time that jumps from one event to the next."""
 
     def run(self, until_s: float) -> None:
         """Run everything due up to and at ``until_s``, and leave the clock there."""
@@ -172,8 +170,39 @@ class Lateness:
         return float(min(1e-6 * math.exp(place * self._WIDTH), self.max_s))
 
 
-class LiveScheduler(_Heap):
-    """The machine's monotonic clock, zero at ``start_ns``.
+class Lane:
+    """A schedule of its own on a `LiveScheduler`: what one of several nodes of a process does.
+
+    Within a lane things happen in order of (due time, order, key, entry); lanes do not wait for
+    each other.
+
+    Args:
+        loop: runs it.
+        early_s: physics and samples, which take long, may run this much before they are due, if
+            nothing of their lane is due before them. They compute what they would have computed
+            then; only a message that comes later than agreed could tell the difference.
+    """
+
+    def __init__(self, loop: LiveScheduler, early_s: float = 0.0) -> None:
+        self.now_s = 0.0
+        self.early_s = early_s
+        self.heap: list[_Entry] = []
+        """What is to come."""
+        self._loop = loop
+
+    def call_at(self, t_s: float, order: int, callback: Callback, key: str = "") -> None:
+        """Run ``callback(t_s)`` at ``t_s``, or as soon as possible if that has passed."""
+        if math.isnan(t_s):
+            raise ValueError("t_s is not a number")
+        number = self._loop.number()
+        heapq.heappush(self.heap, (max(t_s, self.now_s), order, key, number, callback))
+
+
+_Entry = tuple[float, int, str, int, Callback]
+
+
+class LiveScheduler(Lane):
+    """The machine's monotonic clock, zero at ``start_ns``; itself the first of its lanes.
 
     ``poll(timeout_s)`` is called while waiting and may block that long; it is where sockets are
     read. Below `_FINE_S` the wait is a plain sleep, since socket polls count in milliseconds.
@@ -186,12 +215,49 @@ class LiveScheduler(_Heap):
     def __init__(
         self, poll: Callable[[float], None], *, start_ns: int | None = None, miss_s: float = 0.05
     ) -> None:
-        super().__init__()
+        super().__init__(self)
+        self.stopped = False
         self.start_ns = time.monotonic_ns() if start_ns is None else start_ns
         self.late_by_order = [Lateness(miss_s) for _ in range(HOUSEKEEPING)]
         """Of what has a place in the run: physics, serving, deliveries, samples, decisions."""
+        self._lanes: list[Lane] = [self]
+        self._entered = 0
         self._poll = poll
         self._polled_s = -math.inf
+
+    def lane(self, early_s: float = 0.0) -> Lane:
+        """Another lane."""
+        made = Lane(self, early_s)
+        made.now_s = self.now_s
+        self._lanes.append(made)
+        return made
+
+    def number(self) -> int:
+        """Counts entries over all lanes."""
+        self._entered += 1
+        return self._entered
+
+    def _next(self, wall_s: float) -> tuple[float, Lane]:
+        """When something is to run next, and in which lane.
+
+        Of what is due, the earliest; if nothing is, what may run before it is.
+        """
+        due_s = early_s = math.inf
+        due: Lane = self
+        early: Lane = self
+        for lane in self._lanes:
+            if lane.heap:
+                t_s, order = lane.heap[0][:2]
+                if lane.early_s and order in (PHYSICS, SAMPLE) and t_s > wall_s:
+                    if t_s - lane.early_s < early_s:
+                        early_s, early = t_s - lane.early_s, lane
+                elif t_s < due_s:
+                    due_s, due = t_s, lane
+        return (due_s, due) if due_s <= wall_s or due_s <= early_s else (early_s, early)
+
+    def stop(self) -> None:
+        """Leave `run` after the current callback."""
+        self.stopped = True
 
     @property
     def lateness(self) -> Lateness:
@@ -206,7 +272,9 @@ class LiveScheduler(_Heap):
     def restart(self, start_ns: int) -> None:
         """Move zero to ``start_ns``, once a node has learned it. What is pending keeps its time."""
         self.start_ns = start_ns
-        self.now_s = max(0.0, self.wall_s())
+        now_s = max(0.0, self.wall_s())
+        for lane in self._lanes:
+            lane.now_s = now_s
         self._polled_s = -math.inf
 
     def breathe(self) -> None:
@@ -221,25 +289,26 @@ class LiveScheduler(_Heap):
     def run(self, until_s: float) -> None:
         """Run everything as it falls due until the clock shows ``until_s`` or `stop` is called."""
         self.stopped = False
-        heap = self.heap
         fine_timers()
         while not self.stopped:
             wall_s = self.wall_s()
-            due_s = heap[0][0] if heap else math.inf
-            if due_s <= min(wall_s, until_s):
+            start_s, _ = self._next(wall_s)
+            if start_s <= min(wall_s, until_s):
                 # Arrivals first, now and then: a loop that is behind must not go deaf. Counted
                 # from the end of a poll: a long one must not keep waiting what is due.
                 self.breathe()
-                t_s, order, _, _, callback = heapq.heappop(heap)
-                self.now_s = max(self.now_s, t_s)
+                _, lane = self._next(wall_s)
+                t_s, order, _, _, callback = heapq.heappop(lane.heap)
+                lane.now_s = max(lane.now_s, t_s)
                 if order != HOUSEKEEPING:
-                    self.late_by_order[order].add(wall_s - t_s)
+                    self.late_by_order[order].add(max(0.0, wall_s - t_s))
                 callback(t_s)
             elif wall_s >= until_s:
-                self.now_s = max(self.now_s, until_s)
+                for lane in self._lanes:
+                    lane.now_s = max(lane.now_s, until_s)
                 break
             else:
-                wait_s = min(due_s, until_s) - wall_s
+                wait_s = min(start_s, until_s) - wall_s
                 if wait_s > self._FINE_S:
                     self._poll(min(wait_s - 0.001, 0.05))
                     self._polled_s = self.wall_s()

@@ -50,6 +50,10 @@ class ClusterSpec(_Table, frozen=True):
     inlet_c: Annotated[float, Meta(ge=-20, le=60)] = 24.0
     temp_spread_c: NotNegative = 2.0
     """Standard deviation of the per-GPU temperature offset (assumed: place and paste)."""
+    nodes_per_process: Annotated[int, Meta(ge=1, le=1000)] = 1
+    """How many nodes of a row an emulated run puts into one process. More than one saves memory and
+    keeps nodes punctual that outnumber the cores; they also die together. Real nodes have a process
+    each."""
     elastic: bool = False
     """Policies may change which instances a node holds (`SetLayout`): ``view.instances`` then has a
     slot per GPU, and pools say how the run begins. Not on real GPUs."""
@@ -232,6 +236,10 @@ class LedgerSpec(_Table, frozen=True):
     """List price of a virtual machine with eight H100s in 2024, an eighth of it (assumed)."""
     host_w: NotNegative = 0.0
     """What a node in use draws beside its GPUs; 0 counts GPUs alone."""
+    plant_hosts: bool = False
+    """In place of ``host_w``: nodes draw beside their GPUs what a `[plant]` says (the run's own, or
+    `PlantSpec`'s defaults), CPUs and fans by the load of their GPUs. So do nodes given back.
+    """
     pue: Annotated[float, Meta(ge=1, le=4)] = 1.0
 
 

@@ -77,7 +77,8 @@ class GpuColumns:
 
 @dataclass(slots=True)
 class InstanceColumns:
-    """One row per serving instance. ``outstanding_tokens`` is the coordinator's own account.
+    """One row per serving instance. ``outstanding_*`` and ``prefill_due_tokens`` are the
+    coordinator's own account, true at every step whenever a node reported last.
 
     In a run with ``cluster.elastic`` a row is a slot: there is one per GPU, slot i is the instance
     whose first GPU is GPU i of the cluster, and most slots are empty. So indices never move, and a
@@ -110,6 +111,8 @@ class InstanceColumns:
     outstanding_requests: Ints
     outstanding_tokens: Floats
     """Prompt and output tokens sent there and not finished."""
+    prefill_due_tokens: Floats
+    """Prompt tokens, images' too, of requests sent there that have no first token yet."""
     prompt_tokens_total: Ints
     output_tokens_total: Ints
     preemptions_total: Ints

@@ -10,7 +10,8 @@ that plan with it. Loads are requests per second of one class on one instance; l
 ...     power_w=np.array([[[[800.0, 1600.0, 2000.0], [800.0, 3000.0, 4000.0]]]]),
 ...     ttft_ratio=np.array([[[[0.0, 0.5, 3.0], [0.0, 0.2, 0.8]]]]),
 ...     tpot_ratio=np.array([[[[0.0, 0.5, 0.7], [0.0, 0.2, 0.3]]]]),
-...     running=np.array([[[[0.0, 5.0, 12.0], [0.0, 4.0, 9.0]]]]))
+...     running=np.array([[[[0.0, 5.0, 12.0], [0.0, 4.0, 9.0]]]]),
+...     prefill_tps=np.array([[20e3]]), ttft_limit_s=np.array([0.4]))
 >>> [round(float(profile.limit_rps(0, 0, clock)), 2) for clock in (0, 1)]
 [6.0, 10.0]
 >>> float(profile.power_at_w(0, 0, 1, 2.5))
@@ -69,17 +70,22 @@ class ServingProfile:
     """P99 of a request's mean time per token over its limit."""
     running: Floats
     """Mean number of requests in the instance."""
+    prefill_tps: Floats
+    """``[class, tp]``: prompt tokens per second of an instance at the highest clock that does
+    nothing else."""
+    ttft_limit_s: Floats
+    """``[class]``: time to first token that was promised; of a mix the shortest."""
 
     def limit_rps(
-        self, cls: int, tp: int, clock: int, *, ttft_slack: float = 1.0, tpot_slack: float = 1.0
+        self, cls: int, tp: int, clock: int, *, ttft_most: float = 1.0, tpot_most: float = 1.0
     ) -> float:
-        """The highest load at which both latencies stay within ``slack`` times their limits.
+        """The highest load at which both latencies stay within so many times their limits.
 
         Linear between the loads of the table; 0 where even the lowest load misses.
         """
         worst = np.maximum(
-            self.ttft_ratio[cls, tp, clock] / ttft_slack,
-            self.tpot_ratio[cls, tp, clock] / tpot_slack,
+            self.ttft_ratio[cls, tp, clock] / ttft_most,
+            self.tpot_ratio[cls, tp, clock] / tpot_most,
         )
         over = np.flatnonzero(worst > 1.0)
         if not len(over):

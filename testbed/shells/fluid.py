@@ -448,6 +448,7 @@ class FluidFleet:
         prompt = kinds.prompt_tokens[np.maximum(pools, 0)]
         output = kinds.output_tokens[np.maximum(pools, 0)]
         instances.outstanding_tokens[:] = instances.outstanding_requests * (prompt + output)
+        instances.prefill_due_tokens[:] = instances.num_waiting * prompt
         instances.prompt_tokens_total += np.rint(served * dt_s * prompt).astype(np.int64)
         instances.output_tokens_total += np.rint(served * dt_s * output).astype(np.int64)
         show(facility, hall, t_s)

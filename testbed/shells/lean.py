@@ -168,7 +168,7 @@ class BankReports:
         instances = {name: column.copy() for name, column in servers.read_instances(now_s).items()}
         report = partial(
             self._report,
-            GpuReadings(**servers.read_gpus()),
+            servers.read_gpus(),
             InstanceReadings(**instances),
             [guard.drift_total for guard in self._guards],
             now_s,

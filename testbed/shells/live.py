@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 import signal
@@ -252,15 +253,17 @@ class Crew:
             for name in self._relays:
                 self._relays[name] = self._endpoint_said_by(name)
         self._index = {name: index for index, name in enumerate(names)}
-        self._restarts = dict.fromkeys([*self._relays, *names], 0)
-        for name in names:
+        self._groups = {group[0]: group for group in _groups(spec, names)}
+        """Names of the nodes of each process by the first of them."""
+        self._restarts = dict.fromkeys([*self._relays, *self._groups], 0)
+        for name in self._groups:
             self._start(name)
 
     def _start(self, name: str) -> None:
         if name in self._relays:
             self._start_relay(name)
         else:
-            self._start_node(name, self._index[name])
+            self._start_nodes(self._groups[name])
 
     def _start_relay(self, name: str) -> None:
         self._spawn(
@@ -286,25 +289,28 @@ class Crew:
     def _place(self, name: str) -> Path:
         return self._folder / "nodes" / name.replace("/", ".")
 
-    def _start_node(self, name: str, index: int) -> None:
-        spec = self._spec
+    def _start_nodes(self, names: list[str]) -> None:
+        spec, name = self._spec, names[0]
+        places = range(self._index[name], self._index[name] + len(names))
         endpoint = self._relays.get(_relay_of(name), self._endpoint)
         command = [
-            *("node", "--coordinator", endpoint, "--name", name),
-            *("--state-dir", str(self._place(name)), "--orphan-exit-s", "60"),
+            *("node", "--coordinator", endpoint, "--orphan-exit-s", "60"),
+            *(word for each in names for word in ("--name", each)),
+            *("--state-dir", str(self._place(name) if len(names) == 1 else self._folder / "nodes")),
             *("--delay-s", str(spec.transport.delay_s)),
         ]
         if spec.mode == "emulated":
             cluster = spec.cluster
             command += ["--emulate", f"{cluster.gpus_per_node}x{cluster.gpu}"]
-            command += ["--seed", str(spec.seed), "--place", str(index)]
+            command += ["--seed", str(spec.seed), "--place", str(places.start)]
             command += ["--inlet-c", str(cluster.inlet_c)]
             command += ["--temp-spread-c", str(cluster.temp_spread_c)]
             if spec.plant is not None:
                 command += ["--gpu-order-c", str(spec.plant.gpu_order_c)]
             for fault in spec.fault:
-                if fault.kind == "gpu_lost" and fault.node == index:
-                    command += ["--lose", f"{fault.gpu}@{fault.at_s}"]
+                if fault.kind == "gpu_lost" and fault.node in places:
+                    lost = f"{names[fault.node - places.start]}:{fault.gpu}@{fault.at_s}"
+                    command += ["--lose", lost]
         else:
             command += ["--device", spec.device, "--cores", str(spec.cluster.gpus_per_node)]
             if spec.forward:
@@ -363,6 +369,15 @@ class Crew:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _groups(spec: RunSpec, names: list[str]) -> Iterator[list[str]]:
+    """Names of the nodes that share a process: neighbours in a row."""
+    size = spec.cluster.nodes_per_process if spec.mode == "emulated" else 1
+    for _, row in itertools.groupby(names, row_of):
+        nodes = list(row)
+        for first in range(0, len(nodes), size):
+            yield nodes[first : first + size]
 
 
 def _relay_of(node: str) -> str:

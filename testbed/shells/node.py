@@ -1,4 +1,9 @@
-"""A node's process: the daemon on real time, with emulated or real devices."""
+"""A node's process: the daemon on real time, with emulated or real devices.
+
+Several emulated nodes can share a process, a loop and a connection. On a machine with few cores
+that keeps them punctual: nodes in processes of their own compute their physics at the same
+instants, one after another and each with cold caches.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import math
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +36,7 @@ from emulators.profiles import load_gpu
 from emulators.server import ServerBank
 from emulators.state import GpuState
 from testbed.core.clock import (
+    HOUSEKEEPING,
     PHYSICS,
     SAMPLE,
     ClockSync,
@@ -38,7 +44,9 @@ from testbed.core.clock import (
 )
 from testbed.core.errors import DeviceError, SpecError
 from testbed.core.messages import Bye, Envelope, GpuReadings, Ping, Pong, Surroundings
+from testbed.core.names import parent
 from testbed.core.spec import TenantsSpec
+from testbed.core.transport.shared import Seat, SharedSpoke
 from testbed.core.transport.zmq import Curve, ZmqSpoke
 from testbed.shells.executed import ExecutedServing
 from testbed.shells.forwarded import ForwardedServing
@@ -84,6 +92,10 @@ class NodeOptions:
     """Leave when the coordinator has been silent for this long; by default stay, at safe caps."""
 
 
+_EARLY_S = 0.003
+"""How long before its time a tick of emulated physics may be computed, where the loop is idle."""
+
+
 def parse_gpus(text: str) -> tuple[int, str]:
     """``8xH100`` as a count and a profile's name.
 
@@ -113,76 +125,163 @@ def parse_fault(text: str) -> tuple[float, int]:
     return fault
 
 
-def node(options: NodeOptions, log: Callable[[str], None]) -> None:
-    """Be a node daemon until told to stop.
+def host(nodes: Sequence[NodeOptions], log: Callable[[str], None]) -> None:
+    """Be the daemons of several nodes, on one loop and one connection, until told to stop.
+
+    Where to connect, keys, priority and patience are those of the first.
 
     Raises:
-        TestbedError: the devices or the coordinator cannot be used.
+        TestbedError: the devices of one or the coordinator cannot be used.
     """
-    sync = ClockSync()
-
-    def deliver(envelope: Envelope, due_s: float) -> None:
-        body = envelope.body
-        if isinstance(body, Pong):
-            sync.add(body.sent_ns, body.answered_ns, time.monotonic_ns())
-        elif daemon.welcome is None:
-            daemon.on_message(envelope, 0.0)
-        else:
-            shell.deliver(envelope, due_s)
+    options = nodes[0]
+    for each in nodes[1:]:
+        if not each.emulate:
+            raise SpecError(f"node {each.name}: only emulated nodes can share a process")
 
     def poll(timeout_s: float) -> None:
-        spoke.poll(timeout_s)
-        if plant is not None and plant.collect():
-            daemon.serve(loop.wall_s())
-            shell.rearm()
+        link.poll(timeout_s)
+        for seat in seats:
+            seat.collect()
 
-    plant: _Plant | None = None
     loop = LiveScheduler(poll)
-    spoke = ZmqSpoke(
-        options.coordinator,
-        options.name,
-        time.time_ns(),
-        deliver,
-        options.delay_s,
-        now_s=loop.wall_s,
-        curve=curve_of(options.curve_secret, server=options.curve_server),
-    )
+    sync = ClockSync()
+    curve = curve_of(options.curve_secret, server=options.curve_server)
+    seats = [
+        _Seat(each, loop, sync, log if len(nodes) == 1 else _named(log, each)) for each in nodes
+    ]
     with contextlib.ExitStack() as stack:
-        stack.callback(spoke.close)
-        plant = _open_plant(options, loop, spoke)
-        gpus, serving = plant.gpus, plant.serving
+        life = time.time_ns()
+        if len(seats) == 1:
+            link: ZmqSpoke | SharedSpoke = ZmqSpoke(
+                options.coordinator, options.name, life, seats[0].deliver, options.delay_s,
+                now_s=loop.wall_s, curve=curve,
+            )  # fmt: skip
+            stack.callback(link.close)
+            seats[0].open(link, stack)  # type: ignore[arg-type]
+        else:
+            link = SharedSpoke(
+                options.coordinator, f"{parent(options.name)}/host{options.place}", life,
+                options.delay_s, now_s=loop.wall_s, curve=curve,
+                soon=lambda act: loop.call_at(loop.wall_s(), SAMPLE, lambda now_s: act()),
+            )  # fmt: skip
+            stack.callback(link.close)
+            for seat in seats:
+                seat.open(link.seat(seat.options.name, seat.deliver), stack)
+        if options.realtime:
+            stack.enter_context(realtime(log))
+        with signals_stop(loop.stop) as caught:
+            _say_hello(seats, sync, caught, options.orphan_exit_s)
+            if all(seat.daemon.welcome is not None for seat in seats):
+                _serve(seats, loop, sync, options.orphan_exit_s)
+        for seat in seats:
+            seat.leave("told by a signal" if caught else "no coordinator")
+        time.sleep(0.05)  # the sockets drop what is unsent when they close
+    for seat in seats:
+        seat.log(f"left: {seat.reason}")
+    for seat in seats:
+        if seat.daemon.failed:
+            raise DeviceError(seat.daemon.stopped)
+
+
+def _named(log: Callable[[str], None], options: NodeOptions) -> Callable[[str], None]:
+    return lambda text: log(f"{options.name}: {text}")
+
+
+class _Seat:
+    """One node of this process: its devices, its daemon and their schedule."""
+
+    def __init__(
+        self,
+        options: NodeOptions,
+        loop: LiveScheduler,
+        sync: ClockSync,
+        log: Callable[[str], None],
+    ) -> None:
+        self.options = options
+        self.log = log
+        self.reason = ""
+        """Why it left."""
+        self._loop = loop
+        # Real sensors are read when it is time, emulated ones may be read a little before.
+        self._lane = loop.lane(min(_EARLY_S, options.delay_s / 2) if options.emulate else 0.0)
+        self._sync = sync
+        self.daemon: NodeDaemon
+        self.plant: _Plant
+        self.link: ZmqSpoke | Seat
+        self._shell: NodeSchedule
+        self._is_open = False
+
+    def open(self, link: ZmqSpoke | Seat, stack: contextlib.ExitStack) -> None:
+        """Take hold of the devices.
+
+        Raises:
+            TestbedError: that cannot be done.
+        """
+        options, log = self.options, self.log
+        self.link = link
+        self.plant = plant = _open_plant(options, self._loop, link)
         guard = CapGuard(
-            gpus,
+            plant.gpus,
             Journal(options.state_dir / "journal.json"),
             allow_writes=plant.allow_writes,
             log=log,
         )
         if not plant.allow_writes:
             log("dry run: no limit is set on these GPUs without --allow-hardware-writes")
-        daemon = NodeDaemon(
+        self.daemon = NodeDaemon(
             options.name,
-            gpus,
+            plant.gpus,
             guard,
-            serving,
-            spoke.send,
+            plant.serving,
+            link.send,
             boot_id=boot_id(),
             tenants=_node_tenants(options, log, stack),
             surround=plant.surround,
             log=log,
         )
-        shell = NodeSchedule(daemon, loop)
-        if options.realtime:
-            stack.enter_context(realtime(log))
-        with signals_stop(loop.stop) as caught:
-            _say_hello(daemon, spoke, sync, caught, options.orphan_exit_s)
-            if daemon.welcome is not None:
-                _serve_node(options, daemon, shell, loop, plant, sync)
-        late = loop.lateness
-        reason = daemon.stopped or ("told by a signal" if caught else "no coordinator")
-        daemon.close(
-            loop.wall_s(),
+        self._shell = NodeSchedule(self.daemon, self._lane)
+        self._is_open = True
+
+    def deliver(self, envelope: Envelope, due_s: float) -> None:
+        """A message has arrived that is due at ``due_s``."""
+        body = envelope.body
+        if isinstance(body, Pong):
+            self._sync.add(body.sent_ns, body.answered_ns, time.monotonic_ns())
+        elif self.daemon.welcome is None:
+            self.daemon.on_message(envelope, 0.0)
+        else:
+            self._shell.deliver(envelope, due_s)
+
+    def collect(self) -> None:
+        """Take in what real executors have finished."""
+        if self._is_open and self.plant.collect():
+            self.daemon.serve(self._loop.wall_s())
+            self._shell.rearm()
+
+    def begin(self, ticks: int, period_s: float) -> None:
+        """Tick and sample every ``period_s`` from the tick numbered ``ticks`` on."""
+        loop, lane, shell, plant = self._loop, self._lane, self._shell, self.plant
+
+        def tick(now_s: float) -> None:
+            nonlocal ticks
+            plant.tick(now_s)
+            lane.call_at(now_s, SAMPLE, sample)
+            ticks += 1
+            lane.call_at(ticks * period_s, PHYSICS, tick)
+
+        def sample(now_s: float) -> None:
+            shell.sample(now_s, max(0.0, loop.wall_s() - now_s))
+
+        lane.call_at(ticks * period_s, PHYSICS, tick)
+
+    def leave(self, otherwise: str) -> None:
+        """Say goodbye, giving the reason if there is none yet."""
+        late = self._loop.lateness
+        self.reason = self.daemon.stopped or otherwise
+        self.daemon.close(
+            self._loop.wall_s(),
             Bye(
-                reason,
+                self.reason,
                 late.percentile_s(0.5),
                 late.percentile_s(0.99),
                 late.max_s,
@@ -190,11 +289,7 @@ def node(options: NodeOptions, log: Callable[[str], None]) -> None:
                 late.missed_total,
             ),
         )
-        _write_lateness(options.state_dir / "lateness.json", loop)
-        time.sleep(0.05)  # the sockets drop what is unsent when they close
-        log(f"left: {reason}")
-        if daemon.failed:
-            raise DeviceError(daemon.stopped)
+        _write_lateness(self.options.state_dir / "lateness.json", self._loop)
 
 
 def _write_lateness(path: Path, loop: LiveScheduler) -> None:
@@ -259,7 +354,7 @@ class _EmulatedGpus(NvmlGpus):
         return found
 
 
-def _open_plant(options: NodeOptions, loop: LiveScheduler, spoke: ZmqSpoke) -> _Plant:
+def _open_plant(options: NodeOptions, loop: LiveScheduler, link: ZmqSpoke | Seat) -> _Plant:
     if options.emulate:
         servers = _node_servers(options)
         return _Plant(
@@ -272,12 +367,12 @@ def _open_plant(options: NodeOptions, loop: LiveScheduler, spoke: ZmqSpoke) -> _
         )
     if options.device == "cpu":
         cores = CpuDevices(options.cores, name=f"serving-testbed-cpu-{os.getpid()}")
-        serving = _real_serving(options, loop, spoke, cores.attach, [])
+        serving = _real_serving(options, loop, link, cores.attach, [])
         return _Plant(cores, serving, lambda t_s: None, lambda: serving.collect(readable), True)
     import pynvml
 
     real = NvmlGpus(pynvml)
-    serving = _real_serving(options, loop, spoke, _attach_to_nothing, real.uuids)
+    serving = _real_serving(options, loop, link, _attach_to_nothing, real.uuids)
     return _Plant(
         real,
         serving,
@@ -290,13 +385,13 @@ def _open_plant(options: NodeOptions, loop: LiveScheduler, spoke: ZmqSpoke) -> _
 def _real_serving(
     options: NodeOptions,
     loop: LiveScheduler,
-    spoke: ZmqSpoke,
+    link: ZmqSpoke | Seat,
     attach: Callable[[int, int], None],
     uuids: list[str],
 ) -> ExecutedServing | ForwardedServing:
     if options.forward:
-        return ForwardedServing(options.forward, loop.wall_s, spoke.watch)
-    return ExecutedServing(options.device, attach, loop.wall_s, spoke.watch, uuids=uuids)
+        return ForwardedServing(options.forward, loop.wall_s, link.watch)
+    return ExecutedServing(options.device, attach, loop.wall_s, link.watch, uuids=uuids)
 
 
 def _attach_to_nothing(gpu: int, pid: int) -> None:
@@ -341,7 +436,7 @@ def _node_tenants(
     if plan is None:
         return None
     try:
-        name = f"serving-testbed-{os.getpid()}"
+        name = f"serving-testbed-{os.getpid()}-{options.place}"
         host = TenantHost(plan, options.state_dir, name=name, swap_mib=spec.swap_mib, log=log)
     except DeviceError as error:
         log(f"memory tenants are modelled: {error}")
@@ -351,49 +446,46 @@ def _node_tenants(
 
 
 def _say_hello(
-    daemon: NodeDaemon, spoke: ZmqSpoke, sync: ClockSync, caught: list[int], patience_s: float
+    seats: Sequence[_Seat], sync: ClockSync, caught: list[int], patience_s: float
 ) -> None:
-    """Greet the coordinator until it answers, or for so long."""
+    """Greet the coordinator until it answers every node, or for so long."""
     said = -math.inf
     begun = now = time.monotonic()
-    while daemon.welcome is None and not daemon.stopped and not caught and now - begun < patience_s:
+    while not caught and now - begun < patience_s:
+        silent = [seat for seat in seats if seat.daemon.welcome is None]
+        if not silent or any(seat.daemon.stopped for seat in seats):
+            return
         now = time.monotonic()
         if now - said >= 1.0:
             said = now
             for _ in range(8 if not sync.answers else 1):
-                spoke.send(Ping(time.monotonic_ns()), 0.0)
-            daemon.hello(0.0)
-        spoke.poll(0.05)
+                silent[0].link.send(Ping(time.monotonic_ns()), 0.0)
+            for seat in silent:
+                seat.daemon.hello(0.0)
+        seats[0].link.poll(0.05)
 
 
-def _serve_node(
-    options: NodeOptions,
-    daemon: NodeDaemon,
-    shell: NodeSchedule,
-    loop: LiveScheduler,
-    plant: _Plant,
-    sync: ClockSync,
+def _serve(
+    seats: Sequence[_Seat], loop: LiveScheduler, sync: ClockSync, orphan_exit_s: float
 ) -> None:
     """From welcome to stop, in real time."""
-    assert daemon.welcome is not None
-    assert daemon.config is not None
-    same_clock = daemon.welcome.boot_id == boot_id()
-    loop.restart(daemon.welcome.start_ns - (0 if same_clock else sync.offset_ns))
-    period_s = daemon.config.sample_period_s
-    ticks = max(0, math.ceil(loop.now_s / period_s))
+    welcome, config = seats[0].daemon.welcome, seats[0].daemon.config
+    assert welcome is not None
+    assert config is not None
+    same_clock = welcome.boot_id == boot_id()
+    loop.restart(welcome.start_ns - (0 if same_clock else sync.offset_ns))
+    period_s = config.sample_period_s
+    first = max(0, math.ceil(loop.now_s / period_s))
 
-    def tick(now_s: float) -> None:
-        nonlocal ticks
-        plant.tick(now_s)
-        loop.call_at(now_s, SAMPLE, sample)
-        ticks += 1
-        loop.call_at(ticks * period_s, PHYSICS, tick)
-        if daemon.stopped or loop.wall_s() - daemon.heard_s > options.orphan_exit_s:
+    def watch(now_s: float) -> None:
+        silent_s = loop.wall_s() - max(seat.daemon.heard_s for seat in seats)
+        failed = any(seat.daemon.failed for seat in seats)
+        if failed or all(seat.daemon.stopped for seat in seats) or silent_s > orphan_exit_s:
             loop.stop()
+        loop.call_at(now_s + period_s, HOUSEKEEPING, watch)
 
-    def sample(now_s: float) -> None:
-        shell.sample(now_s, max(0.0, loop.wall_s() - now_s))
-
-    loop.call_at(ticks * period_s, PHYSICS, tick)
+    for seat in seats:
+        seat.begin(first, period_s)
+    loop.call_at(first * period_s, HOUSEKEEPING, watch)
     with rare_collections():
         loop.run(until_s=math.inf)

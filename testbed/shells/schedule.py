@@ -24,6 +24,7 @@ from testbed.core.clock import (
     SERVING,
     Callback,
     LiveScheduler,
+    Scheduler,
     VirtualScheduler,
 )
 from testbed.core.messages import Envelope, Report, merge
@@ -75,7 +76,7 @@ class NodeSchedule:
 
     WIRED = ("daemon", "_loop")
 
-    def __init__(self, daemon: NodeDaemon, loop: VirtualScheduler | LiveScheduler) -> None:
+    def __init__(self, daemon: NodeDaemon, loop: Scheduler) -> None:
         self.daemon = daemon
         self._loop = loop
         self._wake_s = math.inf

@@ -17,11 +17,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from synthetic_run import EvenCap, load, make, make_spec
 
 from testbed.analysis.compare import compare, comparison_lines, write_comparison
+from testbed.analysis.drawing import HEAT_ROWS
 from testbed.analysis.energy import slowed, throttle_s
 from testbed.analysis.export import export, perfetto, prometheus
-from testbed.analysis.figures import HEAT_BINS, HEAT_ROWS, Run, orders, power
+from testbed.analysis.figures import power
 from testbed.analysis.latency import itl_percentiles
+from testbed.analysis.orders import orders
 from testbed.analysis.report import cap_cost, report_html, write_report
+from testbed.analysis.run import HEAT_BINS, Run
 from testbed.analysis.series import MAX_POINTS
 from testbed.analysis.summary import summarise, write
 from testbed.core.errors import RecordingError

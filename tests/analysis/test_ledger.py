@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 
+from emulators.datacenter import Host
+from emulators.profiles import load_gpu
 from testbed import rig
 from testbed.analysis.ledger import J_PER_KWH, carbon_g_per_kwh, ledger, read_energy
 from testbed.core.errors import SpecError
-from testbed.core.spec import LedgerSpec, load_spec, parse_spec
+from testbed.core.spec import LedgerSpec, PlantSpec, load_spec, parse_spec
 from testbed.recorder.reader import Recording
 from tests.conftest import ROOT, SMALL
 
@@ -73,6 +75,18 @@ def test_hosts_and_pue_are_added_where_they_are_named(small_run):
     assert ledger(small_run, LedgerSpec(pue=1.3))["energy_kwh"] == pytest.approx(
         1.3 * plain["energy_kwh"]
     )
+
+
+def test_hosts_of_a_plant_draw_more_where_their_gpus_do(small_run):
+    """Between what an idle server's host draws and a busy one's, and not a constant."""
+    spec = Recording.open(small_run).spec
+    host = Host(PlantSpec(), load_gpu(spec.cluster.gpu), spec.cluster.gpus_per_node)
+    idle_w, busy_w = (float(host.host_w(np.float64(load))) for load in (0.0, 1.0))
+    found = ledger(small_run, LedgerSpec(plant_hosts=True))
+    flat = ledger(small_run, LedgerSpec(host_w=1.0))  # hours of nodes, in kWh
+    mean_w = found["host_kwh"] / flat["host_kwh"]
+    assert idle_w < mean_w < busy_w
+    assert found["energy_kwh"] == pytest.approx(found["gpu_kwh"] + found["host_kwh"])
 
 
 def test_an_unknown_grid_is_refused_with_those_there_are():

@@ -207,6 +207,53 @@ def test_both_loops_run_the_same_things_in_the_same_order(loop):
     assert len(live) == 100
 
 
+def test_idle_time_is_used_for_physics_that_is_due_soon(machine, loop):
+    lane, told, shown = loop.lane(early_s=0.003), [], []
+
+    def act(what: str) -> Callable[[float], None]:
+        def run(now_s: float) -> None:
+            told.append((what, now_s))
+            shown.append(machine.now_s)
+
+        return run
+
+    lane.call_at(1.0, PHYSICS, act("physics"))
+    lane.call_at(1.0, SAMPLE, act("sample"))
+    lane.call_at(1.0, DELIVERY, act("message"))
+    lane.call_at(0.998, SERVING, act("before"))
+    loop.call_at(0.9975, CONTROL, act("other lane"))
+    loop.run(until_s=1.5)
+    assert told == [
+        ("other lane", 0.9975), ("before", 0.998), ("physics", 1.0), ("message", 1.0),
+        ("sample", 1.0),
+    ]  # fmt: skip
+    assert shown[1] < shown[2] < 1.0, "early, but after what came before it in its lane"
+    assert shown[3] >= 1.0, "a message acts when it is due, and the sample after it"
+
+
+def test_what_is_due_in_one_lane_goes_before_what_may_be_early_in_another(machine, loop):
+    told = []
+    for name in "ab":
+        lane = loop.lane(early_s=0.005)
+        lane.call_at(
+            1.0, PHYSICS, lambda now_s, name=name: (machine.pass_s(0.002), told.append(name))
+        )
+    loop.call_at(0.996, SERVING, lambda now_s: told.append("due"))
+    loop.run(until_s=1.1)
+    assert told == ["a", "due", "b"]
+    assert loop.late_by_order[PHYSICS].max_s == 0.0, "early is not late"
+
+
+def test_a_restart_moves_every_lane(loop):
+    lane = loop.lane()
+    loop.restart(loop.start_ns - 7_000_000_000)
+    assert loop.now_s == lane.now_s >= 7.0
+    seen = []
+    lane.call_at(1.0, CONTROL, seen.append)
+    loop.run(until_s=8.0)
+    assert seen == [pytest.approx(7.0, abs=0.1)]
+
+
 def test_lateness_is_kept_and_what_was_missed_is_counted(machine):
     loop = LiveScheduler(machine.poll, miss_s=0.05)
     loop.call_at(0.1, CONTROL, lambda now_s: machine.pass_s(0.2))  # a slow one

@@ -79,3 +79,32 @@ def test_what_was_not_built_is_not_imported(tmp_path, monkeypatch):
     path = ["here"]
     compiled.use(path)
     assert path == ["here"]
+
+
+@needs_compiler
+def test_a_spawned_worker_imports_the_package_and_not_the_build(tmp_path):
+    """As the installed command does it: from anywhere, without the project on the path."""
+    compiled.build()
+    script = tmp_path / "work.py"
+    script.write_text(
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "import emulators.engine\n"
+        "def where(_):\n"
+        "    import emulators\n"
+        "    from emulators import compiled\n"
+        "    return [emulators.__file__, compiled.in_use()]\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:\n"
+        "        print(*pool.submit(where, 0).result(), sep='\\n')\n"
+    )
+    site = tmp_path / "site"
+    site.mkdir()
+    # What an editable install leaves: a path that is added after those of the environment.
+    (site / "sitecustomize.py").write_text(f"import sys\nsys.path.append({str(ROOT)!r})\n")
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(site), compiled.PURE_VARIABLE: ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(ROOT / "emulators" / "__init__.py"), "True"]

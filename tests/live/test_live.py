@@ -106,14 +106,15 @@ def test_emulated_and_virtual_runs_agree(small_spec, tmp_path):
 
 
 def test_a_relay_per_row_changes_no_decision(small_spec, tmp_path):
-    """Two rows, two relays, two nodes behind each."""
+    """Two rows, two relays, two nodes behind each; nor do nodes that share a process."""
     said = {}
     text = small_spec.read_text().replace("nodes_per_row = 1", "nodes_per_row = 2")
     small_spec.write_text(text.replace("row_budget_w = 1700", "row_budget_w = 3400"))
-    for relays in ("none", "row"):
-        out = tmp_path / relays
+    for relays, per_process in (("none", 1), ("row", 1), ("none", 2), ("row", 2)):
+        out = tmp_path / f"{relays}-{per_process}"
         done = cli("run", small_spec, "--mode", "emulated", "--out", out, "--json", "--no-report",
-                   "--set", f"transport.relays={relays}", "--set", "duration_s=8")  # fmt: skip
+                   "--set", f"transport.relays={relays}", "--set", "duration_s=8",
+                   "--set", f"cluster.nodes_per_process={per_process}")  # fmt: skip
         assert done.returncode == 0, done.stderr
         recording = Recording.open(run_folder(out))
         summary, wire = json.loads(done.stdout), recording.manifest["meta"]["wire"]
@@ -123,12 +124,14 @@ def test_a_relay_per_row_changes_no_decision(small_spec, tmp_path):
         sources = set(recording.table("events")["source"].to_pylist())
         assert ({"row0/relay", "row1/relay"} <= sources) == (relays == "row")
         commands = recording.table("commands")
-        said[relays] = [
+        said[relays, per_process] = [
             tuple(commands[name][i].as_py() for name in ("policy", "kind", "target", "value"))
             for i in range(len(commands))
         ]
-    assert said["none"]
-    assert said["row"] == said["none"]
+        assert len(states(run_folder(out))) == 4, "each node keeps its GPUs' state to itself"
+    first, *others = said.values()
+    assert first
+    assert all(other == first for other in others)
 
 
 def test_a_relay_killed_under_way_is_started_again_and_no_request_is_lost(small_spec, tmp_path):

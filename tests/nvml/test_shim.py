@@ -30,7 +30,7 @@ from emulators.nvml_shim import (
     build_shim,
     implemented_names,
     public_names,
-    write_sources,
+    source_files,
 )
 from emulators.profiles import load_gpu
 from emulators.state import HEADER, GpuState
@@ -480,7 +480,9 @@ int main(int argc, char **argv) {
 
 
 def test_clean_under_the_sanitizers(node, tmp_path):
-    sources = write_sources(tmp_path)
+    for name, text in source_files().items():
+        (tmp_path / name).write_text(text)
+    sources = sorted(tmp_path.glob("*.c"))
     driver = tmp_path / "driver.c"
     driver.write_text(DRIVER)
     program = tmp_path / "driver"

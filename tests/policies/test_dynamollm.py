@@ -19,7 +19,7 @@ from testbed.core.view import (
     view_of_layouts,
 )
 from testbed.policies.dynamollm import DynamoLLM
-from testbed.policies.dynamollm.capacity import Capacity, Slack
+from testbed.policies.dynamollm.capacity import Capacity
 from testbed.policies.dynamollm.classes import (
     ALL,
     CLASSES,
@@ -57,7 +57,8 @@ def made_profile() -> ServingProfile:
     shares = np.array([1 / 9 if n in CLASSES else 1.0 for n in names])
     return ServingProfile(
         names, shares, (2, 4, 8), CLOCKS_MHZ, saturation, LOADS, power,
-        ratio, ratio, running,
+        ratio, ratio, running, np.full((len(names), 3), 10e3) * [0.25, 0.5, 1.0],
+        np.array([2.0 if n[0] == "l" and n in CLASSES else 0.25 for n in names]),
     )  # fmt: skip
 
 
@@ -188,14 +189,21 @@ def test_a_plan_that_is_in_place_changes_nothing():
 # Capacity.
 
 
-def test_limits_are_those_of_the_table_and_slack_takes_from_them():
-    plain, careful = (Capacity(made_profile(), Slack(s, s)) for s in (1.0, 0.3))
+def test_limits_are_those_of_the_table_and_slack_takes_from_the_room_below_them():
+    plain, careful = (Capacity(made_profile(), slack_frac) for slack_frac in (1.0, 0.5))
     assert plain.node_rps["ls"] == pytest.approx(4.0)
-    assert careful.node_rps["ls"] == pytest.approx(2.0)
+    # At 0.3 of the limits on half load, at 1 on full: halfway between is at 3/4.
+    assert careful.node_rps["ls"] == pytest.approx(3.0, rel=0.1)
+
+
+@pytest.mark.parametrize("slack_frac", [0.02, 0.3, 0.9])
+def test_the_more_careful_the_less_a_node_is_taken_to_do_but_never_nothing(slack_frac):
+    careful, plain = (Capacity(made_profile(), s).node_rps["ls"] for s in (slack_frac, 1.0))
+    assert 0 < careful < plain
 
 
 def test_the_cheapest_clock_is_the_lowest_that_meets_the_limit():
-    shapes = Capacity(made_profile(), Slack()).of("ls", {"ls": 1.0})
+    shapes = Capacity(made_profile()).of("ls", {"ls": 1.0})
     assert shapes.clock_for(2, 0.4) == 0
     assert shapes.clock_for(2, 0.6) == 1
     assert shapes.clock_for(2, 9.0) == 1
@@ -276,7 +284,7 @@ def test_a_pool_not_planned_for_a_class_takes_it_as_far_as_it_can_take_a_mix(mix
 
 
 def test_a_mix_can_do_at_most_what_one_class_can():
-    capacity = Capacity(made_profile(), Slack())
+    capacity = Capacity(made_profile())
     for name in (*CLASSES, ALL):
         assert 0 < capacity.mixed_frac(name, {name: 1.0}) <= 1.0
 
@@ -301,16 +309,81 @@ def test_in_a_pool_one_node_at_a_time_is_cut_up_and_nothing_is_taken_away_meanwh
     assert asked == [[0], [1], [2]]
 
 
-@pytest.mark.parametrize("bad", [{"predictor_error": 1.5}, {"start": "warm"}, {"period_s": 900.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"predictor_error": 1.5},
+        {"start": "warm"},
+        {"period_s": 900.0},
+        {"rungs": 5},
+        {"ladder_period_s": 0.0},
+        {"slack_frac": 0.0},
+        {"surge_rps": -1.0},
+    ],
+)
 def test_parameters_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad)))):
         DynamoLLM(**bad)
 
 
-def test_the_ladder_climbs_one_rung_a_step_and_comes_down_at_once():
-    made, _, _ = first_step(template_rps=[20.0])
-    rungs = [[type(c) for c in made._climb({7: steps})] for steps in (1, 2, 3, 4)]
-    assert rungs == [[OrderQueue], [], [RecallWaiting], [RecallWaiting, Squash]]
-    down = made._climb({})
-    assert [type(c) for c in down] == [OrderQueue]
-    assert down[0].by == "arrival"
+def in_trouble(**params):
+    """A policy whose first instance has more prompts due than it can prefill in time."""
+    made, _, commands = first_step(template_rps=[60.0], sharding=False, **params)
+    view, _ = second_step(commands, made)
+    slot = int(np.flatnonzero(view.instances.up)[0])
+    view.instances.prefill_due_tokens[slot] = 30_000.0  # 3 s at 10,000 a second
+    return made, view, slot
+
+
+def said_next(made, view):
+    """What it says a second later."""
+    view.now_s += 1.0
+    return [c for c in made.step(view) if not isinstance(c, SetLayout)]
+
+
+def test_the_ladder_climbs_a_rung_a_second_and_comes_down_at_once():
+    made, view, slot = in_trouble()
+    rungs = [said_next(made, view) for _ in range(4)]
+    kinds = [[type(c) for c in said] for said in rungs]
+    assert kinds == [[OrderQueue], [LockClocks], [RecallWaiting], [Squash, RecallWaiting]]
+    assert rungs[0][0].by == "deadline"
+    assert set(rungs[1][0].sm_clock_mhz) == {0.0}
+    assert all(c.instances.tolist() == [slot] for c in (*rungs[0], *rungs[2], *rungs[3]))
+    view.instances.prefill_due_tokens[slot] = 100.0
+    down = [c for c in said_next(made, view) if isinstance(c, OrderQueue)]
+    assert [c.by for c in down] == ["arrival"]
+
+
+@pytest.mark.parametrize("rungs", [0, 1, 2, 3])
+def test_no_more_rungs_are_climbed_than_allowed(rungs):
+    made, view, _ = in_trouble(rungs=rungs)
+    said = [type(c) for _ in range(8) for c in said_next(made, view)]
+    allowed = [OrderQueue, LockClocks, RecallWaiting][:rungs]
+    assert set(said) & {OrderQueue, RecallWaiting, Squash} == set(allowed) - {LockClocks}
+
+
+def test_a_request_avoids_an_instance_where_too_many_prompts_are_due():
+    made, view, _ = in_trouble()
+    request = Request(0, 5.0, 2000, 10, slo_class="ls")
+    view.instances.prefill_due_tokens[:] = 0.0
+    usual = made.route(request, view)
+    view.instances.prefill_due_tokens[usual] = 30_000.0
+    assert made.route(request, view) != usual
+
+
+def test_a_request_that_comes_back_is_no_new_arrival():
+    made, view, _ = in_trouble()
+    request = Request(7, 5.0, 2000, 10, slo_class="ls")
+    for _ in range(3):
+        made.route(request, view)
+    assert sum(made._arrived) == 1.0
+
+
+def test_clocks_are_kept_high_enough_for_surges_that_the_past_has_seen():
+    chosen = []
+    for surge_rps in (0.0, 60.0):
+        made, _, commands = first_step(template_rps=[60.0], sharding=False, surge_rps=surge_rps)
+        _, said = second_step(commands, made)
+        locks = [c for c in said if isinstance(c, LockClocks)]
+        chosen.append({float(mhz) for c in locks for mhz in c.sm_clock_mhz})
+    assert chosen == [{1000.0}, set()]  # the highest is no lock

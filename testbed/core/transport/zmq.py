@@ -22,9 +22,10 @@ Traps that this file knows (libzmq 4.3, each tried out):
 - contexts do not survive a fork;
 - a context that is collected as garbage together with its sockets waits for them for ever.
 
-A node may speak through a relay (`testbed.shells.relay`): its control messages then arrive inside
-`Forwarded`, its reports inside `RowReport`. The hub remembers which way a node was heard last and
-answers that way. Both hops count: the relay's own sequence numbers, and the node's within.
+A node may speak through a relay (`testbed.shells.relay`), or through a connection that it shares
+with others of its process (`testbed.core.transport.shared`): its control messages then arrive
+inside `Forwarded`, its reports inside `RowReport`. The hub remembers which way a node was heard
+last and answers that way. Both hops count: the relay's own sequence numbers, and the node's within.
 """
 
 from __future__ import annotations
@@ -431,7 +432,7 @@ class ZmqHub:
         else:
             if stream == "control":
                 self._routes.pop(name, None)
-            _hand_over(envelope, self._delay_s, now_s, counter.stats, self._deliver)
+            hand_over(envelope, self._delay_s, now_s, counter.stats, self._deliver)
 
     def _take_forwarded(self, relay: str, data: bytes, key: str, now_s: float) -> None:
         """What a node said through a relay; it has the relay's key from then on."""
@@ -449,7 +450,7 @@ class ZmqHub:
             return
         self._routes[name] = relay
         if counter.take(envelope, "control"):
-            _hand_over(envelope, self._delay_s, now_s, counter.stats, self._deliver)
+            hand_over(envelope, self._delay_s, now_s, counter.stats, self._deliver)
 
     def _take_row(self, envelope: Envelope, row: RowReport, key: str, now_s: float) -> None:
         """What many nodes reported through a relay: each counts for itself."""
@@ -464,7 +465,7 @@ class ZmqHub:
         if not all(keep):
             envelope = msgspec.structs.replace(envelope, body=row.pick(keep))
         stats = self._counters[envelope.source].stats
-        _hand_over(envelope, self._delay_s, now_s, stats, self._deliver)
+        hand_over(envelope, self._delay_s, now_s, stats, self._deliver)
 
     def _meet(self, name: str, key: str) -> PeerCounter:
         """Somebody speaks for the first time: the name belongs to this key from now on."""
@@ -595,7 +596,7 @@ class ZmqSpoke:
         if envelope.source != COORDINATOR:
             self._io.bad_total += 1
         elif self._counter.take(envelope, "control"):
-            _hand_over(envelope, self._delay_s, self._now_s(), self.stats, self._deliver)
+            hand_over(envelope, self._delay_s, self._now_s(), self.stats, self._deliver)
 
     def watch(self, descriptor: int) -> None:
         """Have something readable on another file descriptor end the waiting of `poll`."""
@@ -606,13 +607,14 @@ class ZmqSpoke:
         self._io.close()
 
 
-def _hand_over(
+def hand_over(
     envelope: Envelope,
     delay_s: float,
     now_s: float,
     stats: StreamStats,
     deliver: Deliver,
 ) -> None:
+    """Deliver a message with the time it is due, counting it if that has passed."""
     due_s = envelope.t_s + delay_s
     if now_s > due_s and not isinstance(envelope.body, _UNTIMED):
         stats.late_total += 1

@@ -10,8 +10,9 @@ nodes. Three controllers act on different periods:
 - the instance manager (5 s) sets each instance's clock to the cheapest that meets the limits.
 
 The router sends a request to the instance of its pool whose power grows least, within the limits,
-and spills to larger pools. When queues form all the same, a ladder of emergency measures begins:
-order by deadline, highest clock, send elsewhere, drop what is past its deadline.
+and spills to larger pools. Where more prompts are due all the same than an instance can prefill
+within the limit, a ladder of emergency measures begins, a rung a second: order by deadline, highest
+clock, send elsewhere, drop what is past its deadline.
 
 Each part is a switch; with all off this is one pool of whole nodes, provisioned for the peak, at
 the highest clock. Use it as controller and as router: ``use = "dynamollm"`` in both.
@@ -38,7 +39,7 @@ from testbed.policies import (
     Squash,
     View,
 )
-from testbed.policies.dynamollm.capacity import COUNTS, STEPS, Capacity, Card, Shapes, Slack
+from testbed.policies.dynamollm.capacity import COUNTS, STEPS, Capacity, Card, Shapes
 from testbed.policies.dynamollm.classes import ALL, CLASSES, MIXES, Predictor, larger
 from testbed.policies.dynamollm.cluster import Mix, nodes_for, spread
 from testbed.policies.dynamollm.forecast import Forecast
@@ -51,6 +52,11 @@ _MEMORY_S = 10.0
 _LAST = COUNTS - 1
 _GRAIN = 0.02
 """Loads are planned for in steps of this, rounded up, so that plans can be used again."""
+_FASTER, _RECALL, _SQUASH = 2, 3, 4
+"""Rungs of the ladder; the first orders queues by deadline."""
+RUNGS = _SQUASH
+FASTER_WHY = "more is due than can be met"
+"""Why the ladder sets clocks: by this its second rung is known in a recording."""
 _EMPTY: tuple[str, Shape] = ("", ())
 """A node without a pool."""
 _SHORT_STEPS = 12
@@ -85,6 +91,9 @@ class _Entry:
     added_w: list[float]
     """Power that another node's worth of load would add, in steps of load."""
     steps_per_load: float
+    prefill_tps: float
+    """Prompt tokens per second at its clock, and at the highest."""
+    top_tps: float
 
 
 class DynamoLLM:
@@ -96,17 +105,22 @@ class DynamoLLM:
         sharding: the pool manager may use 2 and 4 GPUs per instance.
         frequency: the instance manager may lower clocks.
         saving: the router looks for the least power; else for the least load.
-        ladder: emergency measures.
+        rungs: of the ladder, how many may be climbed: 0 for no emergency measures, 4 for all.
         predictor_error: share of requests whose output class is mispredicted.
         headroom_frac: capacity beyond the predicted load.
         peak_factor: provisioning over the predicted peak, where nodes do not follow the load.
-        ttft_slack, tpot_slack: share of each latency limit that plans may use.
+        slack_frac: share that plans may use of the room between latencies on an empty node and
+            their limits.
         template_rps: rate of all requests usual in each window from the run's start.
         template_window_s: length of a window.
+        surge_rps: rate by which a step of the instance manager may exceed what the last minute let
+            expect, as the past shows (`forecast.surge_rps`): clocks are kept high enough for it.
         start: how nodes that were given back come up: from a snapshot, or cold.
         lead_s: how long before its epoch the cluster manager starts nodes.
         empty_w: draw of a GPU without an instance, for the pool manager.
         period_s, pool_period_s, cluster_period_s: of the three controllers.
+        ladder_period_s: how often the ladder is looked at, at most; ``period_s`` is a whole
+            multiple of what results.
         seed: of the predictor's errors.
     """
 
@@ -120,20 +134,21 @@ class DynamoLLM:
         sharding: bool = True,
         frequency: bool = True,
         saving: bool = True,
-        ladder: bool = True,
+        rungs: int = RUNGS,
         predictor_error: float = 0.0,
         headroom_frac: float = 0.1,
         peak_factor: float = 1.0,
-        ttft_slack: float = 1.0,
-        tpot_slack: float = 1.0,
+        slack_frac: float = 1.0,
         template_rps: Sequence[float] = (),
         template_window_s: float = 300.0,
+        surge_rps: float = 0.0,
         start: Literal["snapshot", "cold"] = "snapshot",
         lead_s: float = 0.0,
         empty_w: float = 0.0,
         period_s: float = 5.0,
         pool_period_s: float = 300.0,
         cluster_period_s: float = 1800.0,
+        ladder_period_s: float = 1.0,
         seed: int = 1,
     ) -> None:
         if not 0 < period_s <= pool_period_s <= cluster_period_s:
@@ -145,19 +160,32 @@ class DynamoLLM:
             raise ValueError(f"start = {start!r} must be 'snapshot' or 'cold'")
         if not 0 <= lead_s < cluster_period_s:
             raise ValueError(f"lead_s = {lead_s} must be in [0, cluster_period_s)")
-        if headroom_frac < 0 or peak_factor <= 0 or ttft_slack <= 0 or tpot_slack <= 0:
-            raise ValueError("headroom_frac must be >= 0, peak_factor and slacks above 0")
+        if headroom_frac < 0 or peak_factor <= 0 or surge_rps < 0:
+            raise ValueError(
+                f"headroom_frac = {headroom_frac} and surge_rps = {surge_rps} must be >= 0, "
+                f"peak_factor = {peak_factor} above 0"
+            )
+        if not 0 < slack_frac <= 1:
+            raise ValueError(f"slack_frac = {slack_frac} must be in (0, 1]")
+        if not 0 <= rungs <= RUNGS:
+            raise ValueError(f"rungs = {rungs} must be in [0, {RUNGS}]")
+        if ladder_period_s <= 0:
+            raise ValueError(f"ladder_period_s = {ladder_period_s} must be above 0")
         self.instances, self.sharding = instances, sharding
-        self.frequency, self.saving, self.ladder = frequency, saving, ladder
+        self.frequency, self.saving, self.rungs = frequency, saving, rungs
         self.headroom_frac, self.peak_factor = headroom_frac, peak_factor
-        self.period_s, self.pool_period_s = period_s, pool_period_s
+        looks = max(1, math.ceil(period_s / ladder_period_s - 1e-9)) if rungs else 1
+        self.period_s = period_s / looks
+        self._manage_period_s, self.pool_period_s = period_s, pool_period_s
         self.cluster_period_s, self.lead_s, self.start = cluster_period_s, lead_s, start
         self.empty_w = empty_w
         self.names = CLASSES if pools else (ALL,)
-        self._slack = Slack(ttft_slack, tpot_slack)
+        self._slack_frac, self._surge_rps = slack_frac, surge_rps
         self._template = (list(template_rps), template_window_s)
         self._predictor = Predictor(predictor_error, seed)
         self._began = self._grown = False
+        self._next_manage_s = 0.0
+        self._last_id = -1
         self._epoch = 0
         self._next_pool_s = -math.inf
         self._wanted: dict[str, int] = {}
@@ -166,11 +194,11 @@ class DynamoLLM:
         self._routes: dict[str, list[_Entry]] = {}
         self._trouble: dict[int, int] = {}
         self._locked: dict[int, float] = {}
-        self._plans: dict[tuple[Shapes, int, float], list[Kind]] = {}
+        self._plans: dict[tuple[Shapes, int, float, Shape], list[Kind]] = {}
 
     def learn(self, profile: ServingProfile) -> None:
         """Take the profile that plans are made with."""
-        self._capacity = Capacity(profile, self._slack)
+        self._capacity = Capacity(profile, self._slack_frac)
         self._top = len(profile.clocks_mhz) - 1
         self._shares = np.array([profile.shares[profile.classes.index(n)] for n in self.names])
         node_rps = [self._capacity.node_rps[name] for name in self.names]
@@ -179,13 +207,16 @@ class DynamoLLM:
         template_rps, window_s = self._template
         self._forecast = Forecast(
             len(self.names),
-            step_s=self.period_s,
+            step_s=self._manage_period_s,
             keep_s=self.cluster_period_s,
             template_rps=template_rps,
             window_s=window_s,
             shares=self._shares,
         )
         self._arrived = [0.0] * len(self.names)
+        limits_s = profile.ttft_limit_s.tolist()
+        self._ttft_s = dict(zip(profile.classes, limits_s, strict=True))
+        self._surge = self._in_nodes(self._surge_rps * self._shares)
 
     # Routing.
 
@@ -197,9 +228,11 @@ class DynamoLLM:
         if len(self.names) > 1:
             name = self._predictor.class_of(request.prompt_tokens, request.output_tokens)
         place = self._class_index[name]
-        self._arrived[place] += 1.0
+        if request.id > self._last_id:  # else it was held, or an instance gave it up
+            self._last_id = request.id
+            self._arrived[place] += 1.0
         weight = self._weights[place] / _MEMORY_S
-        chosen = self._choose(name, weight, view)
+        chosen = self._choose(name, weight, request, view)
         if chosen is not None:
             self._sent[chosen] = self._sent_load(chosen, view.now_s) + weight
             self._sent_s[chosen] = view.now_s
@@ -210,12 +243,16 @@ class DynamoLLM:
         """Load that was sent to an instance lately, in nodes: a mean that forgets."""
         return self._sent[slot] * math.exp((self._sent_s[slot] - now_s) / _MEMORY_S)
 
-    def _choose(self, name: str, weight: float, view: View) -> int | None:
+    def _choose(self, name: str, weight: float, request: Request, view: View) -> int | None:
         """The best instance, by what is in flight on it or was sent there, whichever is more.
 
         What is in flight says how full an instance is, but long after it was sent too much: a
-        long answer is in flight for many times the period of the instance manager.
+        long answer is in flight for many times the period of the instance manager. Neither sees a
+        burst of a second: what the prompts that are due there would make this one wait does.
         """
+        limit_s = self._slack_frac * self._ttft_s.get(request.slo_class, self._ttft_s[name])
+        prompt_tokens = request.prompt_tokens + request.image_tokens
+        due_tokens = view.instances.prefill_due_tokens
         up, running = view.instances.up, view.instances.outstanding_requests
         now_s = view.now_s
         fallback, crowded = -1, math.inf
@@ -231,12 +268,14 @@ class DynamoLLM:
                 card = entry.card
                 sent = self._sent_load(slot, now_s) + weight
                 load = max(card.load[count], sent)
-                if self.saving and load <= entry.fill * part:
+                due = prompt_tokens + float(due_tokens[slot])
+                if self.saving and load <= entry.fill * part and due <= limit_s * entry.prefill_tps:
                     slope_w = entry.added_w[min(STEPS - 1, int(load * entry.steps_per_load))]
                     if slope_w < least_w:
                         best, least_w = slot, slope_w
                 elif best < 0:
                     share = max(entry.top.load[count], sent) / max(entry.top.most * part, 1e-9)
+                    share = max(share, due / (limit_s * entry.top_tps))
                     if share < crowded:
                         fallback, crowded = slot, share
             if best >= 0:
@@ -260,6 +299,9 @@ class DynamoLLM:
     def step(self, view: View) -> list[Command]:
         """All that is due now."""
         now_s = view.now_s
+        if now_s < self._next_manage_s - self.period_s / 2:
+            return self._climb(view)
+        self._next_manage_s = max(self._next_manage_s, now_s) + self._manage_period_s
         if not self._began:
             self._begin(view)
         else:
@@ -284,6 +326,7 @@ class DynamoLLM:
         self._sent_s = [0.0] * len(view.instances.name)
         self._step_sent = [0.0] * len(view.instances.name)
         self._usual = np.zeros(len(view.instances.name))
+        self._due_most_tokens = np.full(len(view.instances.name), np.inf)
 
     # Cluster manager: which pool has how many nodes.
 
@@ -356,7 +399,7 @@ class DynamoLLM:
 
     def _manage_pools(self, now_s: float) -> None:
         rps = self._forecast.usual_rps(now_s, now_s + self.pool_period_s)
-        for span_s in (self.pool_period_s, _SHORT_STEPS * self.period_s):
+        for span_s in (self.pool_period_s, _SHORT_STEPS * self._manage_period_s):
             rps = np.maximum(rps, self._recent(span_s))
         loads = self._in_nodes(rps * (1.0 + self.headroom_frac))
         nodes = {name: len(pool.nodes) for name, pool in self._pools.items()}
@@ -370,12 +413,15 @@ class DynamoLLM:
             pool.mixed_frac = self._capacity.mixed_frac(name, mix)
             gpus = len(pool.nodes) * self._gpus_per_node
             load = math.ceil(sum(mix.values()) / _GRAIN) * _GRAIN
-            key = (pool.shapes, gpus, load)
+            before = {node: self._want[node][1] for node in pool.nodes}
+            held = tuple(sorted(tp for shape in before.values() for tp in shape))
+            key = (pool.shapes, gpus, load, held)
             if key not in self._plans:
                 kinds = kinds_of(pool.shapes, allowed, free_clock=self.frequency)
-                self._plans[key] = plan(kinds, gpus, load, use_all=use_all, empty_w=self.empty_w)
+                self._plans[key] = plan(
+                    kinds, gpus, load, use_all=use_all, empty_w=self.empty_w, held=held
+                )
             pool.planned = self._plans[key]
-            before = {node: self._want[node][1] for node in pool.nodes}
             tps = [kind.tp for kind in pool.planned]
             shapes = fit(tps, before, pool.nodes, gpus_per_node=self._gpus_per_node)
             for node, shape in shapes.items():
@@ -441,16 +487,21 @@ class DynamoLLM:
     # Instance manager: clocks, what the router may choose, emergencies.
 
     def _manage_instances(self, view: View) -> list[Command]:
-        self._usual += (np.array(self._step_sent) / self.period_s - self._usual) / _SHORT_STEPS
+        steps_rps = np.array(self._step_sent) / self._manage_period_s
+        self._usual += (steps_rps - self._usual) / _SHORT_STEPS
         self._step_sent = [0.0] * len(self._step_sent)
         routes: dict[str, list[_Entry]] = {name: [] for name in self.names}
         clocks: list[tuple[int, int, int]] = []
-        trouble: dict[int, int] = {}
+        self._due_most_tokens[:] = np.inf
         planned = {
             name: sorted(pool.planned, key=lambda kind: -kind.load)
             for name, pool in self._pools.items()
         }
-        columns = view.instances
+        surges = {
+            name: sum(self._surge.get(each, 0.0) for each in pool.serves)
+            for name, pool in self._pools.items()
+        }
+        columns, clocks_mhz = view.instances, self._capacity.profile.clocks_mhz
         for slot in np.flatnonzero(columns.num_gpus).tolist():
             pool = self._by_index.get(int(columns.pool[slot]))
             if pool is None or pool.shapes is None:
@@ -461,11 +512,13 @@ class DynamoLLM:
             top = pool.shapes.card(place, self._top)
             # A lull is no reason to slow down: what comes after it would wait.
             load = max(self._sent_load(slot, view.now_s), top.load[count], self._usual[slot])
-            if self.ladder and columns.num_waiting[slot] and load > top.most:
-                trouble[slot] = self._trouble.get(slot, 0) + 1
+            top_tps = self._capacity.prefill_tps(pool.name, pool.serves, place)
+            least_s = min(self._ttft_s[name] for name in pool.serves or {pool.name})
+            self._due_most_tokens[slot] = least_s * top_tps
             clock = self._top
-            if self.frequency and trouble.get(slot, 0) < 2:
-                clock = pool.shapes.clock_for(place, load * (1.0 + self.headroom_frac))
+            if self.frequency and self._trouble.get(slot, 0) < _FASTER:
+                surge = surges[pool.name] * tp / max(tp, len(pool.nodes) * self._gpus_per_node)
+                clock = pool.shapes.clock_for(place, load * (1.0 + self.headroom_frac) + surge)
             clocks.append((slot, tp, clock))
             card = pool.shapes.card(place, clock)
             kind = next((kind for kind in planned[pool.name] if kind.tp == tp), None)
@@ -479,11 +532,12 @@ class DynamoLLM:
             else:
                 added_w, most_load = top.slope_w, float(most[-1])
             steps = (STEPS - 1) / max(most_load, 1e-9)
-            routes[pool.name].append(_Entry(slot, card, fill, top, added_w, steps))
+            tps = top_tps * float(clocks_mhz[clock] / clocks_mhz[-1])
+            routes[pool.name].append(_Entry(slot, card, fill, top, added_w, steps, tps, top_tps))
         self._routes = routes
-        return self._set_clocks(clocks) + self._climb(trouble)
+        return self._set_clocks(clocks) + self._climb(view)
 
-    def _set_clocks(self, clocks: list[tuple[int, int, int]]) -> list[Command]:
+    def _set_clocks(self, clocks: list[tuple[int, int, int]], why: str = "") -> list[Command]:
         """Lock the GPUs whose clock is to change."""
         gpus: list[int] = []
         values: list[float] = []
@@ -494,25 +548,38 @@ class DynamoLLM:
                     self._locked[gpu] = mhz
                     gpus.append(gpu)
                     values.append(mhz)
-        return [LockClocks(np.array(gpus), np.array(values))] if gpus else []
+        return [LockClocks(np.array(gpus), np.array(values), why)] if gpus else []
 
-    def _climb(self, trouble: dict[int, int]) -> list[Command]:
-        """The ladder: each step in trouble adds a measure. Its second is the highest clock."""
-        calm = np.array(sorted(set(self._trouble) - set(trouble)), dtype=np.int64)
-        self._trouble = trouble
+    def _climb(self, view: View) -> list[Command]:
+        """The ladder: a rung higher wherever there still is trouble, down at once where not.
 
-        def at(rung: int) -> Ints:
-            return np.array([s for s, steps in trouble.items() if steps == rung], dtype=np.int64)
-
+        There is trouble where the prompts that are due would take an instance longer than the
+        shortest limit that it serves, at the highest clock.
+        """
+        if not self.rungs:
+            return []
+        late = np.flatnonzero(view.instances.prefill_due_tokens > self._due_most_tokens)
+        before, self._trouble = (
+            self._trouble,
+            {slot: min(self.rungs, self._trouble.get(slot, 0) + 1) for slot in late.tolist()},
+        )
+        calm = np.array(sorted(set(before) - set(self._trouble)), dtype=np.int64)
+        new = [slot for slot in self._trouble if slot not in before]
         commands: list[Command] = []
         if len(calm):
             commands.append(OrderQueue(calm, "arrival", "calm again"))
-        if len(at(1)):
-            commands.append(OrderQueue(at(1), "deadline", "a queue has formed"))
-        stuck = np.array([s for s, steps in trouble.items() if steps >= 3], dtype=np.int64)
-        if len(stuck):
+        if new:
+            commands.append(OrderQueue(np.array(new), "deadline", FASTER_WHY))
+        if self.frequency:
+            num_gpus = view.instances.num_gpus
+            fast = [(slot, int(num_gpus[slot]), self._top) for slot in self._on(_FASTER).tolist()]
+            commands += self._set_clocks(fast, FASTER_WHY)
+        if len(stuck := self._on(_SQUASH)):  # before the others leave: they would come back
+            commands.append(Squash(stuck, why="past their deadline"))
+        if len(stuck := self._on(_RECALL)):
             commands.append(RecallWaiting(stuck, "it does not clear at the highest clock"))
-        late = np.array([s for s, steps in trouble.items() if steps >= 4], dtype=np.int64)
-        if len(late):
-            commands.append(Squash(late, why="past their deadline"))
         return commands
+
+    def _on(self, rung: int) -> Ints:
+        """Slots that stand on this rung of the ladder or higher."""
+        return np.array([s for s, at in self._trouble.items() if at >= rung], dtype=np.int64)

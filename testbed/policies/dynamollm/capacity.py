@@ -30,29 +30,31 @@ _PARTS = 10
 """Shares of foreign load are rounded up to so many parts, so that few mixes are worked out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slack:
-    """How much of each latency limit the planner uses."""
-
-    ttft: float = 1.0
-    tpot: float = 1.0
-
-
 class Capacity:
     """Maximum loads of a profile's classes.
+
+    Args:
+        profile: of the device.
+        slack_frac: how much plans use of the room between what a class has on a whole node with
+            next to no load and its limits. A share of the limits themselves would ask for what no
+            node can do.
 
     Raises:
         PolicyError: a class cannot be served within its limits even by a whole node.
     """
 
-    def __init__(self, profile: ServingProfile, slack: Slack) -> None:
+    def __init__(self, profile: ServingProfile, slack_frac: float = 1.0) -> None:
         self.profile = profile
         whole, top = len(profile.tps) - 1, len(profile.clocks_mhz) - 1
         shape = (len(profile.classes), len(profile.tps), len(profile.clocks_mhz))
         limits = np.zeros(shape)
         for cls, tp, clock in np.ndindex(shape):
+            ttft, tpot = (
+                _most(float(ratio[cls, whole, top, 1]), slack_frac)
+                for ratio in (profile.ttft_ratio, profile.tpot_ratio)
+            )
             limits[cls, tp, clock] = profile.limit_rps(
-                cls, tp, clock, ttft_slack=slack.ttft, tpot_slack=slack.tpot
+                cls, tp, clock, ttft_most=ttft, tpot_most=tpot
             )
         node_rps = limits[:, whole, top]
         self.node_rps = dict(zip(profile.classes, node_rps.tolist(), strict=True))
@@ -116,6 +118,17 @@ class Capacity:
         others = {name: 1.0 for name in CLASSES if name != pool and covers(pool, name)}
         return min(1.0, self.most_of(pool, others) / max(self.most_of(pool, mix), 1e-9))
 
+    def prefill_tps(self, pool: str, serves: frozenset[str], tp: int) -> float:
+        """Prompt tokens per second of a shape at the highest clock, of what a pool serves.
+
+        Args:
+            pool: its name.
+            serves: classes that it is planned for.
+            tp: place in the profile's ``tps``.
+        """
+        name = mix_of(pool) if serves - {pool} and pool in CLASSES else pool
+        return float(self.profile.prefill_tps[self.profile.classes.index(name), tp])
+
     def _foreign(self, pool: str) -> float:
         """Share of the load that is foreign in the mix that was measured."""
         members = dict(MIXES).get(mix_of(pool), ())
@@ -126,6 +139,15 @@ class Capacity:
         }
         total = sum(loads.values())
         return 1.0 - loads.get(pool, 0.0) / total if total else 0.0
+
+
+def _most(least: float, slack_frac: float) -> float:
+    """Latency over its limit that plans allow, where it is ``least`` on an empty node.
+
+    >>> _most(0.5, 1.0), _most(0.5, 0.2), _most(1.2, 0.2)
+    (1.0, 0.6, 1.0)
+    """
+    return least + slack_frac * (1.0 - least) if least < 1.0 else 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,37 @@ import numpy as np
 
 from testbed.core.view import Floats
 
+SURGE_QUANTILE = 0.99
+"""Of past steps: limits are on the 99th percentile of waits, so that of each hundred one may be
+late."""
+
+
+def surge_rps(counts: Floats, step_s: float, span_steps: int = 12) -> float:
+    """Rate by which the arrivals of a step surely exceed what those before let expect.
+
+    That is: at most one step in a hundred brought more, counting only what twice the standard
+    deviation of chance does not explain. Poisson arrivals have none, whatever their rate.
+
+    Args:
+        counts: arrivals in each step of the past.
+        step_s: length of a step.
+        span_steps: how many steps before are taken for what is expected.
+
+    >>> chance = np.random.default_rng(1).poisson(100.0, 1000).astype(float)
+    >>> surge_rps(chance, 5.0) < 1.0
+    True
+    >>> bursts = chance.copy()
+    >>> bursts[::50] = 1000.0
+    >>> 100.0 < surge_rps(bursts, 5.0) < 200.0
+    True
+    """
+    if len(counts) <= span_steps:
+        return 0.0
+    before = np.convolve(counts, np.ones(span_steps) / span_steps)[span_steps - 1 : -span_steps]
+    after = counts[span_steps:]
+    excess = np.maximum(after - 2.0 * np.sqrt(after) - before, 0.0)
+    return float(np.quantile(excess, SURGE_QUANTILE)) / step_s
+
 
 class Forecast:
     """Rates by class from counts, and the peak that a template of the day or week foresees.

@@ -9,6 +9,7 @@ nothing, greedily by watts per load.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from testbed.policies.dynamollm.capacity import Shapes
 
 TIME_LIMIT_S = 2.0
+WORTH_FRAC = 0.05
+"""Power that another layout must save to be worth its change: what an instance was doing is handed
+back and computed again, and a fifth of what is sent there in the first two seconds is late."""
 _LOADS = np.array([0.0, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0])
 """Loads that instances may be planned for, as shares of the most they can do."""
 
@@ -53,7 +57,13 @@ def kinds_of(shapes: Shapes, allowed: tuple[int, ...], *, free_clock: bool) -> l
 
 
 def plan(
-    kinds: list[Kind], gpus: int, load: float, *, use_all: bool, empty_w: float = 0.0
+    kinds: list[Kind],
+    gpus: int,
+    load: float,
+    *,
+    use_all: bool,
+    empty_w: float = 0.0,
+    held: Sequence[int] = (),
 ) -> list[Kind]:
     """The instances that serve ``load`` for the least power; the largest load they can if none do.
 
@@ -63,6 +73,8 @@ def plan(
         load: in nodes.
         use_all: leave no GPU without an instance.
         empty_w: draw of a GPU without one.
+        held: tensor-parallel degrees of the instances that are there. They stay as they are where
+            they can serve the load for at most `WORTH_FRAC` more than others would.
 
     >>> cheap, quick = Kind(2, 0.2, 500.0), Kind(8, 1.0, 3000.0)
     >>> [kind.tp for kind in plan([cheap, quick], 8, 0.5, use_all=False)]
@@ -75,23 +87,45 @@ def plan(
     counts = _solve(kinds, gpus, load, use_all, empty_w)
     if counts is None:
         counts = _greedy(kinds, gpus, load)
+    elif held:
+        kept = _solve(kinds, gpus, load, use_all, empty_w, held)
+        if kept is not None:
+            new_w, kept_w = (_power_w(kinds, some, gpus, empty_w) for some in (counts, kept))
+            counts = kept if kept_w <= new_w * (1.0 + WORTH_FRAC) else counts
     return [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
 
 
+def _power_w(kinds: list[Kind], counts: list[int], gpus: int, empty_w: float) -> float:
+    chosen = list(zip(kinds, counts, strict=True))
+    used = sum(kind.tp * count for kind, count in chosen)
+    return sum(kind.power_w * count for kind, count in chosen) + empty_w * (gpus - used)
+
+
 def _solve(
-    kinds: list[Kind], gpus: int, load: float, use_all: bool, empty_w: float
+    kinds: list[Kind],
+    gpus: int,
+    load: float,
+    use_all: bool,
+    empty_w: float,
+    held: Sequence[int] = (),
 ) -> list[int] | None:
+    """Counts of each kind, or None; with ``held`` just so many of each degree."""
     tp = np.array([kind.tp for kind in kinds], dtype=np.float64)
     cost_w = np.array([kind.power_w for kind in kinds]) - empty_w * tp
     served = np.array([kind.load for kind in kinds])
+    limits = [
+        LinearConstraint(tp, gpus if use_all else 0, gpus),
+        LinearConstraint(served, load, np.inf),
+    ]
+    if held:
+        for degree in sorted({*held, *tp.astype(int).tolist()}):
+            count = list(held).count(degree)
+            limits.append(LinearConstraint((tp == degree).astype(float), count, count))
     result = milp(
         cost_w,
         integrality=np.ones(len(kinds)),
         bounds=Bounds(0, gpus),
-        constraints=[
-            LinearConstraint(tp, gpus if use_all else 0, gpus),
-            LinearConstraint(served, load, np.inf),
-        ],
+        constraints=limits,
         options={"time_limit": TIME_LIMIT_S, "mip_rel_gap": 1e-3},
     )
     if result.x is None:
