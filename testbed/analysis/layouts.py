@@ -85,7 +85,7 @@ def quality_frac(recording: Recording, layouts: Layouts) -> Floats:
     """Declared quality of what served each completed request; NaN where none is declared."""
     table = recording.columns("requests", "instance", "finished_s", "status")
     done = table["status"] == "completed"
-    if not done.any():
+    if not done.any() or not (layouts.pool >= 0).any():  # a run that broke off may know neither
         return np.zeros(0)
     rows = layouts.at(table["instance"][done].astype(np.int64), table["finished_s"][done])
     models = recording.columns("model_index")
