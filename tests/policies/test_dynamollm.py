@@ -170,6 +170,16 @@ def test_more_than_can_be_served_gets_all_there_is():
     assert sum(kind.load for kind in chosen) == pytest.approx(2.0)
 
 
+def test_instances_that_are_there_stay_unless_others_save_what_a_change_is_worth():
+    few, many = Kind(8, 1.0, 3000.0), Kind(2, 0.25, 740.0)
+    kept = plan([few, many], 8, 0.9, use_all=False, held=(8,))
+    assert [kind.tp for kind in kept] == [8]  # 1.3 % would be saved
+    dear = Kind(8, 1.0, 3400.0)
+    assert [kind.tp for kind in plan([dear, many], 8, 0.9, use_all=False, held=(8,))] == [2] * 4
+    # What cannot serve the load does not stay.
+    assert sum(k.load for k in plan([few, many], 16, 1.2, use_all=False, held=(8,))) >= 1.2
+
+
 # Layouts.
 
 
