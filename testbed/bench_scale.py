@@ -23,6 +23,8 @@ import numpy as np
 
 from emulators.compiled import cache_folder
 from testbed import rig
+from testbed.analysis.drawing import BLUE, GREY, Figure
+from testbed.analysis.pictures import save
 from testbed.bench import PER_INSTANCE_RPS, bench_requests
 from testbed.core.errors import TestbedError
 from testbed.core.spec import RunSpec, parse_spec
@@ -337,46 +339,21 @@ def bench_growth(say: Say, *, scale: float = 1.0) -> list[Row]:
 
 def write_growth_figure(rows: list[Row], path: Path) -> None:
     """The growth curves, one panel each, on logarithmic axes."""
-    width, height, margin = 300, 240, 44
-    parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='{width * len(rows)}' height='{height}' "
-        "font-family='sans-serif' font-size='11'><rect width='100%' height='100%' fill='white'/>"
-    ]
-    for index, row in enumerate(rows):
-        parts += _panel(row, index * width, width, height, margin)
-    path.write_text("".join([*parts, "</svg>"]), encoding="utf-8")
+    save([_growth(row) for row in rows], path, across=len(rows))
 
 
-def _panel(row: Row, left: int, width: int, height: int, margin: int) -> list[str]:
-    x, y = np.log10(row["x"]), np.log10(row["cpu_s"])
-    slope, offset = np.polyfit(x, y, 1)
-    low, high = math.floor(y.min() - 0.2), math.ceil(y.max() + 0.2)
-    inner_w, inner_h = width - margin - 16, height - 2 * margin
-    x0, y0 = left + margin, height - margin
-
-    def place(a: float, b: float) -> tuple[float, float]:
-        across = (a - x[0]) / (x[-1] - x[0]) * (inner_w - 20) + 10
-        return x0 + across, y0 - (b - low) / (high - low) * inner_h
-
-    parts = [
-        f"<text x='{x0}' y='24' font-weight='bold'>against {row['against']}: "
-        f"exponent {row['exponent']:.2f}</text>",
-        f"<rect x='{x0}' y='{y0 - inner_h}' width='{inner_w}' height='{inner_h}' fill='none' "
-        "stroke='#bbb'/>",
-    ]
-    for decade in range(low, high + 1):
-        down = place(x[0], decade)[1]
-        parts.append(f"<text x='{x0 - 6}' y='{down + 4}' text-anchor='end'>{10.0**decade:g}</text>")
-    ends = [place(a, slope * a + offset) for a in (x[0], x[-1])]
-    parts.append(
-        f"<path d='M{ends[0][0]:.1f} {ends[0][1]:.1f}L{ends[1][0]:.1f} {ends[1][1]:.1f}' "
-        "stroke='#999' fill='none'/>"
+def _growth(row: Row) -> Figure:
+    slope, offset = np.polyfit(np.log10(row["x"]), np.log10(row["cpu_s"]), 1)
+    ends = [row["x"][0], row["x"][-1]]
+    fitted = [10.0 ** (slope * math.log10(x) + offset) for x in ends]
+    dots = {"color": BLUE, "size": 9}
+    return Figure(
+        row["against"],
+        f"against {row['against']}: exponent {row['exponent']:.2f}",
+        "CPU seconds",
+        [
+            {"x": ends, "y": fitted, "line": {"color": GREY, "width": 1}},
+            {"x": row["x"], "y": row["cpu_s"], "mode": "markers", "marker": dots},
+        ],
+        {"xaxis": {"type": "log"}, "yaxis": {"type": "log"}},
     )
-    for a, b, value in zip(x, y, row["x"], strict=True):
-        across, down = place(float(a), float(b))
-        parts.append(f"<circle cx='{across:.1f}' cy='{down:.1f}' r='4' fill='#4269d0'/>")
-        parts.append(
-            f"<text x='{across:.1f}' y='{y0 + 16}' text-anchor='middle'>{value:,.0f}</text>"
-        )
-    parts.append(f"<text x='{x0 + 6}' y='{y0 - inner_h + 16}' fill='#555'>CPU seconds</text>")
-    return parts

@@ -41,6 +41,7 @@ from testbed.core.transport.zmq import generate_keys
 from testbed.doctor import examine
 from testbed.experiment import Options, find_experiment, row_lines, run_experiment
 from testbed.policies.load import load_controller, shipped_policies
+from testbed.publish import publish
 from testbed.recorder.replay import replay as replay_policies
 from testbed.sweep import Progress as SweepProgress
 from testbed.sweep import run_sweep
@@ -284,6 +285,14 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
     if (folder / "report.html").exists():
         line("report", str(folder / "report.html"))
     _OUT.print(table)
+
+
+@main.command("publish")
+@click.argument("run", type=click.Path(path_type=Path))
+def publish_command(run: Path) -> None:
+    """Fill the README of an experiment, and draw its pictures, from a finished run of it."""
+    for name, text in publish(run).items():
+        click.echo(f"{name}:\n{text}\n")
 
 
 @main.command()

@@ -31,7 +31,32 @@ def figures(results: Results) -> list[Figure]:
         found.append(_bars(results, scenario, arms, place))
         found.append(_pareto(results, scenario, place))
         found.append(_power(results, scenario, arms, place))
+    if "overload" in results.scenarios():
+        found.append(_rungs(results))
     return found
+
+
+def _rungs(results: Results) -> Figure:
+    """What each rung of the ladder buys."""
+    rungs = results.arms("overload")
+    shares = [results.mean("attained_frac", arm, "overload").scaled(100.0) for arm in rungs]
+    return Figure(
+        "rungs",
+        "Overload: rungs of the ladder",
+        "% of requests within their limits; bars are 95 % intervals over seeds",
+        [
+            {
+                "type": "bar",
+                "x": rungs,
+                "y": [share.mean for share in shares],
+                "error_y": {"type": "data", "array": [s.high - s.mean for s in shares]},
+                "marker": {"color": GREY},
+                "showlegend": False,
+            }
+        ],
+        {"yaxis": {"title": {"text": "%"}, "rangemode": "tozero"}},
+        over_time=False,
+    )
 
 
 def _colour(arm: str) -> str:

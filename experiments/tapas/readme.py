@@ -1,21 +1,12 @@
-"""The README's tables and its figure from a run: ``python -m experiments.tapas.readme RUN``.
-
-Everything between marks in the README comes from the run, so that no number of the answer is typed;
-``figure.svg`` beside it is drawn anew. A run over ZeroMQ fills in its own part.
-"""
+"""What ``testbed publish RUN`` puts into the README; a run over ZeroMQ fills in its own part."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-from testbed.analysis.markdown import fill, table
+from testbed.analysis.drawing import Figure
+from testbed.analysis.markdown import table
 from testbed.analysis.statistics import Estimate, mean_of
-from testbed.analysis.svg import svg_of
-from testbed.core.errors import SpecError
-from testbed.experiment import Results, Row, load_beside, read_results, shown
+from testbed.experiment import Results, Row, load_beside, shown
 
-HERE = Path(__file__).parent
 FIGURES = ("heat-baseline", "heat-tapas", "power-day-40", "power-ups_lost-20", "capacity")
 """What of the report stands in the README."""
 DASH = "-"
@@ -186,23 +177,7 @@ def parts(results: Results) -> dict[str, str]:
     return {"run": made} | {make.__name__: make(results) for make in makers}
 
 
-def write(folder: Path, readme: Path = HERE / "README.md") -> None:
-    """Bring the README and its figure up to a run.
-
-    Raises:
-        TestbedError: it is no run of this experiment, or a mark is missing.
-    """
-    results = read_results(folder)
-    if not (results.of(_tapas.TAPAS, "day") or results.of("tapas", "live")):
-        raise SpecError(f"{folder}: not a run of this experiment")
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), parts(results)), encoding="utf-8")
-    if results.options.mode == "emulated":
-        return
+def pictures(results: Results) -> dict[str, list[Figure]]:
+    """What of the report stands in the README; a run over ZeroMQ has no pictures."""
     drawn = {figure.name: figure for figure in _figure.figures(results)}
-    picture = svg_of([drawn[name] for name in FIGURES if name in drawn])
-    readme.with_name("figure.svg").write_text(picture, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))
-    print("\n\n".join(parts(read_results(Path(sys.argv[1]))).values()))
+    return {"figure.svg": [drawn[name] for name in FIGURES if name in drawn]}

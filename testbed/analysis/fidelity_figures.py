@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from testbed.analysis.drawing import Figure
 from testbed.analysis.fidelity import Comparison, compare
+from testbed.analysis.pictures import save
 
 _POINTS = 1500
 _COLOURS = ("#2a6f97", "#bc4b51", "#5b8e7d", "#8d6b94", "#f4a259", "#333333", "#7a9e9f", "#b08968")
@@ -78,59 +81,40 @@ def write_page(comparisons: Sequence[Comparison], path: Path) -> None:
 
 
 def write_svg(comparisons: Sequence[Comparison], path: Path) -> None:
-    """The six panels as a plain SVG, drawn without plotly's image engine (it needs a browser)."""
-    width, height, margin = 300, 250, 34
-    parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='{3 * width}' height='{2 * height}' "
-        "font-family='sans-serif' font-size='11'><rect width='100%' height='100%' fill='white'/>"
-    ]
-    for place, (title, set_name, quantity) in enumerate(_PICKS):
-        chosen = [
-            one for one in comparisons
-            if (one.set, one.quantity) == (set_name, quantity) and one.gpu != "all"
-        ]  # fmt: skip
-        left, top = (place % 3) * width, (place // 3) * height
-        if chosen:
-            parts += _panel(chosen, title, left, top, width, height, margin)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+    """The six panels as one picture."""
+    save([_panel(comparisons, *pick) for pick in _PICKS], path, across=3)
 
 
-def _panel(
-    chosen: list[Comparison], title: str, left: int, top: int, width: int, height: int, margin: int
-) -> list[str]:
-    thin = [_thin(one) for one in chosen]
-    every = np.concatenate([np.concatenate(pair) for pair in thin])
-    every = every[np.isfinite(every) & (every > 0)]
-    low, high = float(every.min()), float(every.max())
-    log = high / low > 20
-    ends = np.log10([low, high]) if log else np.array([low, high])
-
-    def place(values: Any, span: int) -> Any:
-        values = np.log10(np.maximum(values, 1e-12)) if log else values
-        return (values - ends[0]) / (ends[1] - ends[0]) * span
-
-    inner_w, inner_h = width - margin - 12, height - 2 * margin
-    x0, y0 = left + margin, top + margin + inner_h
-    parts = [
-        f"<text x='{x0}' y='{top + 20}' font-weight='bold'>{title}</text>",
-        f"<rect x='{x0}' y='{y0 - inner_h}' width='{inner_w}' height='{inner_h}' fill='none' "
-        "stroke='#bbb'/>",
-        f"<line x1='{x0}' y1='{y0}' x2='{x0 + inner_w}' y2='{y0 - inner_h}' stroke='#888'/>",
-        f"<text x='{x0}' y='{y0 + 14}'>{low:.3g}</text>",
-        f"<text x='{x0 + inner_w}' y='{y0 + 14}' text-anchor='end'>{high:.3g} measured</text>",
-        f"<text x='{x0 + 4}' y='{y0 - inner_h + 14}'>predicted</text>",
-    ]
-    for colour, (predicted, measured) in enumerate(thin):
+def _panel(comparisons: Sequence[Comparison], title: str, set_name: str, quantity: str) -> Figure:
+    """What was predicted over what was measured, a colour per GPU."""
+    chosen = [
+        one for one in comparisons
+        if (one.set, one.quantity) == (set_name, quantity) and one.gpu != "all"
+    ]  # fmt: skip
+    data: list[dict[str, Any]] = []
+    values = []
+    for one, colour in zip(chosen, itertools.cycle(_COLOURS)):
+        predicted, measured = _thin(one)
         step = max(1, len(measured) // 220)
-        xs = x0 + place(measured[::step], inner_w)
-        ys = y0 - place(predicted[::step], inner_h)
-        dots = "".join(f"M{x:.1f} {y:.1f}h.1" for x, y in zip(xs, ys, strict=True))
-        parts.append(
-            f"<path d='{dots}' stroke='{_COLOURS[colour % len(_COLOURS)]}' stroke-width='2.2' "
-            "stroke-linecap='round' opacity='.6' fill='none'/>"
-        )
-    return parts
+        values += [*measured, *predicted]
+        data.append(
+            {
+                "x": measured[::step], "y": predicted[::step], "mode": "markers", "name": one.gpu,
+                "marker": {"color": colour, "size": 4}, "opacity": 0.6, "showlegend": False,
+            }
+        )  # fmt: skip
+    known = np.array([value for value in values if np.isfinite(value) and value > 0])
+    ends = [float(known.min()), float(known.max())] if len(known) else [1.0, 2.0]
+    scale = "log" if ends[1] / ends[0] > 20 else "linear"
+    data.insert(0, {"x": ends, "y": ends, "line": {"color": "#888888", "width": 1}})
+    axis = {"type": scale}
+    return Figure(
+        quantity,
+        title,
+        "predicted over measured",
+        data,
+        {"xaxis": {**axis, "title": {"text": "measured"}}, "yaxis": axis},
+    )
 
 
 def draw(data: Path | None, page: Path, small: Path | None = None) -> list[Comparison]:

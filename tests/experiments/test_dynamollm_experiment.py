@@ -9,10 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from experiments.dynamollm import publish
 from testbed import profiling
+from testbed.analysis.markdown import fill
+from testbed.analysis.pictures import save
 from testbed.core.spec import parse_spec
-from testbed.experiment import Options, Result, Results, find_experiment
+from testbed.experiment import Options, Result, Results, find_experiment, load_beside
 from testbed.policies.dynamollm import DynamoLLM
 from tests.conftest import ROOT
 
@@ -86,7 +87,7 @@ def values(energy: float, attained: float) -> dict:
     }  # fmt: skip
 
 
-def test_rows_compare_with_the_paper_and_figures_are_drawn():
+def test_rows_compare_with_the_paper_and_figures_are_drawn(tmp_path):
     kwh = {"SinglePool": 10.0, "MultiPool": 9.5, "DynamoLLM": 5.0}
     runs = [
         Result(c, values(kwh.get(c.arm, 8.0), 0.99)) for c in MODULE.cases(Options(seeds=2))
@@ -107,13 +108,18 @@ def test_rows_compare_with_the_paper_and_figures_are_drawn():
     assert {r.mark for r in rows} <= {"paper", "secondary", "uncertain", "ours"}
     from testbed.experiment import _figures
 
-    text = publish.tables(results)
-    assert "| **DynamoLLM** | -50 ± 0.0 %, 99.00 % |" in text
-    assert "| no ladder | 99.00 % | 16.0 s | 3 | 2 | 1 | 0 |" in text
-    assert ElementTree.fromstring(publish.draw(results)).tag.endswith("svg")
+    readme = load_beside(str(EXPERIMENT.folder / "readme.py"), "readme")
+    parts = readme.parts(results)
+    assert "| **DynamoLLM** | -50 ± 0.0 %, 99.00 % |" in parts["energy"]
+    assert "| no ladder | 99.00 % | 16.0 s | 3 | 2 | 1 | 0 |" in parts["ladder"]
+    assert fill((EXPERIMENT.folder / "README.md").read_text(), parts), "every mark is there"
+    save(readme.pictures(results)["figure.svg"], tmp_path / "figure.svg")
+    picture = ElementTree.parse(tmp_path / "figure.svg").getroot()
+    words = {element.text for element in picture.iter() if element.tag.endswith("text")}
+    assert {"Energy by system, coding week", "Overload: rungs of the ladder"} <= words
 
     drawn = _figures(EXPERIMENT, results)
-    assert len(drawn) == 12
+    assert len(drawn) == 13
     assert all(trace for figure in drawn for trace in figure.data)
     json.dumps([dataclasses.asdict(figure) for figure in drawn], allow_nan=False)
 

@@ -13,6 +13,7 @@ import pytest
 from testbed import rig
 from testbed.core.spec import parse_spec
 from testbed.experiment import find_experiment, load_beside, shown
+from testbed.publish import publish
 from testbed.recorder.reader import Recording
 from tests.conftest import ROOT, cli
 
@@ -123,8 +124,7 @@ def check_readme(result, tmp_path):
     copy = tmp_path / "README.md"
     before = (EXPERIMENT.folder / "README.md").read_text(encoding="utf-8")
     copy.write_text(before, encoding="utf-8")
-    readme = load_beside(PLACE, "readme")
-    readme.write(Path(result["folder"]), copy)
+    publish(Path(result["folder"]), into=tmp_path)
     text = copy.read_text(encoding="utf-8")
     [row] = [row for row in result["rows"] if (row["metric"], row["arm"]) == ("energy, day", TAPAS)]
     assert f"| energy, a day, % | 0 | {shown(row['ours'])} | - |" in text
@@ -154,7 +154,7 @@ def test_the_command_runs_over_zeromq(tmp_path):
     assert rows["highest row power before the loss"]["paper"] == -20.0
     copy = tmp_path / "README.md"
     copy.write_text((EXPERIMENT.folder / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    load_beside(PLACE, "readme").write(Path(result["folder"]), copy)
+    publish(Path(result["folder"]), into=tmp_path)
     assert f"| {shown(kept['baseline'])} | {shown(kept['ours'])} |" in copy.read_text()
     assert (Path(result["folder"]) / "report.html").exists()
 
