@@ -22,6 +22,7 @@ from emulators.models import load_model
 from emulators.profiles import GpuProfile, load_gpu
 from emulators.server import build_engine
 from emulators.state import GpuState
+from testbed.analysis.ledger import check_tariff
 from testbed.analysis.summary import summarise
 from testbed.coordinator.cluster import Layout
 from testbed.core.errors import RecordingError, SpecError
@@ -178,7 +179,7 @@ def load_policies(spec: RunSpec) -> tuple[list[Controller], Router]:
 
 
 def _check(spec: RunSpec, profile: GpuProfile) -> None:
-    """What needs the profiles to be known: budgets, and whether models fit."""
+    """What needs profiles and data to be known: budgets, whether models fit, named series."""
     cluster = spec.cluster
     info = GpuInfo(
         uuid="",
@@ -192,6 +193,7 @@ def _check(spec: RunSpec, profile: GpuProfile) -> None:
     )
     if spec.mode != "hardware":
         Layout(spec).safe_limit_w([info])
+    check_tariff(spec.ledger)
     tick_s = spec.control.sample_period_s
     if spec.mode != "virtual" and tick_s < 0.02:
         raise SpecError(f"run spec: control.sample_period_s = {tick_s} must be >= 0.02 when live")

@@ -56,7 +56,7 @@ def summary(recording: Recording, duration_s: float) -> dict[str, Any]:
 
     ``gpu_s`` counts a GPU while an instance starts, serves or drains on it; ``stops`` counts slots
     that fell empty (not those that took another instance at once); ``quality_mean_frac`` is the
-    mean over completed requests of the declared quality of what finished them, as far as it has one.
+    mean over completed requests of the declared quality of what finished them, where it has one.
     """
     layouts = read_layouts(recording)
     last = np.append(layouts.instance[1:] != layouts.instance[:-1], True)
