@@ -682,15 +682,21 @@ def experiment_command(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Make every run of an experiment, and print its rows beside the paper's numbers."""
+    """Make every run of an experiment, and print its rows beside the paper's numbers.
+
+    Of a folder with a run.toml only: that run, always kept, and its summary; with --seeds, that run
+    once per seed, and their means. With --quick it is shortened as its quick.toml says.
+    """
     _compile_first()
     found = find_experiment(name)
-    if found.module is None:
-        ctx.invoke(run, spec=found.spec, mode=mode, out=out, as_json=as_json)
+    if found.module is None and seeds is None:
+        overrides = tuple(found.quick_overrides()) if quick else ()
+        ctx.invoke(run, spec=found.spec, mode=mode, overrides=overrides, out=out, as_json=as_json)
         return
+    default = "virtual" if found.module is not None else load_spec(found.spec).mode
     folder, result = run_experiment(
         found,
-        Options(mode or "virtual", quick, seeds or 0),
+        Options(mode or default, quick, seeds or 0),
         out,
         workers=workers,
         keep=keep,
