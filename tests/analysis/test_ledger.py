@@ -10,6 +10,7 @@ import pytest
 from emulators.datacenter import Host
 from emulators.profiles import load_gpu
 from testbed import rig
+from testbed.analysis.compare import compare
 from testbed.analysis.ledger import (
     J_PER_KWH,
     carbon_g_per_kwh,
@@ -17,10 +18,11 @@ from testbed.analysis.ledger import (
     price_usd_per_kwh,
     read_energy,
 )
+from testbed.analysis.report import ledger_number, report_html
 from testbed.core.errors import SpecError
 from testbed.core.spec import LedgerSpec, PlantSpec, load_spec, parse_spec
 from testbed.recorder.reader import Recording
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT, SMALL, cli
 
 ELASTIC = ROOT / "tests" / "elastic" / "elastic.toml"
 
@@ -159,6 +161,29 @@ def test_a_plant_has_its_hosts_counted_unless_told_otherwise(plant_run, small_ru
     flat = ledger(plant_run, LedgerSpec(host_w=1000.0))
     assert flat["host_kwh"] == pytest.approx(flat["gpu_h"] / 4)  # four GPUs a node, 1 kW
     assert ledger(small_run)["host_kwh"] == 0
+
+
+def test_the_ledger_is_on_the_page_in_the_comparison_and_in_print(plant_run, small_spec, tmp_path):
+    found = ledger(plant_run)
+    page = report_html(Recording.open(plant_run))
+    part = page[page.index('<h2 id="ledger">') :].partition("<h2")[2].partition("<h2")[0]
+    for name, entry in (found["by_class"] | found["by_tenant"]).items():
+        assert f"<td>{name}</td>" in part
+        assert f">{ledger_number(entry['energy_kwh'])}</td>" in part
+    assert "no grid named: carbon unknown" in part
+    compared = compare([plant_run, plant_run])["metrics"]
+    [energy] = [m for m in compared if m["metric"] == "ledger.energy_kwh"]
+    assert energy["values"] == [found["energy_kwh"]] * 2
+    more = ["--set", 'ledger={grid="CISO", price="CISO"}', "--set", "duration_s=5"]
+    done = cli("run", small_spec, "--mode", "virtual", *more, "--out", tmp_path)
+    [summary] = tmp_path.glob("*/summary.json")
+    said = json.loads(summary.read_text())["ledger"]
+    line = next(line for line in done.stdout.splitlines() if "energy" in line)
+    assert f"{ledger_number(said['energy_kwh'])} kWh" in line
+    assert f"{ledger_number(said['carbon_kg'])} kg CO2" in line
+    assert f"{ledger_number(said['energy_usd'])} USD" in line
+    runs = cli("compare", summary.parent, plant_run)
+    assert "duration_s" in runs.stdout.split("\u2521")[1]  # a row, not the head
 
 
 def test_hosts_and_pue_are_added_where_they_are_named(small_run):
