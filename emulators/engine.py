@@ -39,6 +39,7 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
+from emulators.timing import IterationCost
 from testbed.core.messages import EngineConfig, Request
 
 EventKind = Literal["first_token", "finished", "rejected"]
@@ -348,7 +349,8 @@ _ENGINE_PARTS: Final = (
 )  # fmt: skip
 # Follows from how the engine was made, its batch limit and its clock.
 _ENGINE_WIRED: Final = (
-    "config", "kv_blocks", "clock_frac", "_cost", "_context_flops", "_context_bytes",
+    "config", "kv_blocks", "clock_frac", "_cost", "_ours", "_max_num_seqs", "_max_batched",
+    "_context_flops", "_context_bytes",
     "_pair_flops", "_pair_bytes", "_tokens_per_tile", "_image_in_prompt", "_preprocess_s",
     "_keep_segments", "_measured", "_collapse", "_block_size", "_encode_budget",
     "_per_context_s", "_per_context_mixed_s", "_per_pair_s", "_decode_base",
@@ -395,6 +397,7 @@ class Engine:
                 f"max_num_seqs = {config.max_num_seqs}"
             )
         self.config = config
+        self._max_num_seqs, self._max_batched = config.max_num_seqs, config.max_batched_tokens
         self.kv_blocks = kv_blocks
         self.now_s = 0.0
         self.events: list[Event] = []
@@ -404,6 +407,7 @@ class Engine:
         self.prompt_tokens_total = 0
         self.preemptions_total = 0
         self._cost = cost
+        self._ours = cost if isinstance(cost, IterationCost) else None
         self._context_flops = cost.flops_per_context_token
         self._context_bytes = cost.bytes_per_context_token
         self._pair_flops, self._pair_bytes = cost.flops_per_pair, cost.bytes_per_pair
@@ -620,6 +624,7 @@ class Engine:
             )
         self.advance_to(t_s)
         self.config = msgspec.structs.replace(self.config, max_num_seqs=max_num_seqs)
+        self._max_num_seqs = max_num_seqs
         self._cut_if_admitting(t_s)
 
     def order(self, by_deadline: bool, t_s: float) -> None:
@@ -731,7 +736,8 @@ class Engine:
             for name, value in zip(_SEQUENCE_FIELDS, values):  # noqa: B905
                 setattr(sequence, name, value)
             sequences[sequence.id] = sequence
-        self.config = msgspec.structs.replace(self.config, max_num_seqs=state["max_num_seqs"])
+        self._max_num_seqs = state["max_num_seqs"]
+        self.config = msgspec.structs.replace(self.config, max_num_seqs=self._max_num_seqs)
         self._set_clock(state["clock_frac"])
         for name, value in zip(_ENGINE_FIELDS, state["plain"]):  # noqa: B905
             setattr(self, name, value)
@@ -797,9 +803,9 @@ class Engine:
 
     def _could_admit(self, block: _Block) -> bool:
         """Whether the next iteration of this block would have room for another sequence."""
-        if len(self._running) >= self.config.max_num_seqs:
+        if len(self._running) >= self._max_num_seqs:
             return False
-        return block.num_seqs + block.prefill_tokens < self.config.max_batched_tokens
+        return block.num_seqs + block.prefill_tokens < self._max_batched
 
     def _cut(self, t_s: float) -> None:
         """End the current block with the iteration in progress at ``t_s``."""
@@ -833,11 +839,12 @@ class Engine:
 
     def _blocks_needed(self, iterations: int) -> int:
         """KV blocks that decoding takes in the next so many iterations."""
-        rounds, rest = divmod(iterations, self._block_size)
-        needed = rounds * self._num_decoding
-        residues, size, decodes = self._residues, self._block_size, self._decodes
-        for step in range(rest):
-            needed += residues[-(decodes + step) % size]
+        residues, size = self._residues, self._block_size
+        needed = iterations // size * self._num_decoding
+        place = -self._decodes % size
+        for _ in range(iterations % size):
+            needed += residues[place]
+            place = place - 1 if place else size - 1
         return needed
 
     def _iterations_until_full(self, free: int, most: int) -> int:
@@ -887,7 +894,7 @@ class Engine:
 
     def _plan(self, t_s: float) -> None:
         """Choose the next batch and start its block at ``t_s``."""
-        config, size = self.config, self._block_size
+        size = self._block_size
         preempted = False
         while self._num_decoding:
             needed = self._residues[-self._decodes % size]
@@ -897,7 +904,7 @@ class Engine:
             preempted = True
         needed = self._residues[-self._decodes % size] if self._num_decoding else 0
 
-        budget = config.max_batched_tokens - self._num_decoding
+        budget = self._max_batched - self._num_decoding
         chunks: list[tuple[_Sequence, int]] = []
         tiles: list[tuple[_Sequence, int]] = []
         encode_budget = self._encode_budget
@@ -926,7 +933,7 @@ class Engine:
             budget -= take
             taken += blocks
         if not preempted:
-            while self._waiting and budget > 0 and len(self._running) < config.max_num_seqs:
+            while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
                 sequence = self._waiting[0]
                 encoding = min(sequence.tiles, encode_budget)
                 if sequence.tiles and not encoding:
@@ -967,8 +974,7 @@ class Engine:
         alone: bool,
     ) -> None:
         """Begin a block with this batch; ``alone`` keeps it to one iteration."""
-        cost, clock_frac = self._cost, self.clock_frac
-        num_seqs = self._num_decoding
+        clock_frac, num_seqs = self.clock_frac, self._num_decoding
         context = self._kv_tokens + num_seqs
         block = _Block()
         block.t_start_s = t_s
@@ -982,11 +988,7 @@ class Engine:
         if not chunks and not tiles:
             base = self._decode_base.get(num_seqs)
             if base is None:
-                base = (
-                    cost.base_s(num_seqs, 0, 0, 0, clock_frac),
-                    cost.base_flops(num_seqs, 0, 0, 0),
-                    cost.base_bytes(num_seqs, 0, 0, 0),
-                )
+                base = self._base(num_seqs, 0, 0, 0)
                 self._decode_base[num_seqs] = base
             base_s, base_flops, base_bytes = base
             block.prefill_tokens = 0
@@ -1001,25 +1003,24 @@ class Engine:
                 most = self._next_end() - self._decodes
                 iterations = self._iterations_until_full(self._free, most)
         else:
-            prefill_tokens = sum(take for _, take in chunks)
-            pairs = sum(
-                take * sequence.prefilled + take * (take + 1) // 2 for sequence, take in chunks
+            prefill_tokens = pairs = num_tiles = 0
+            for sequence, take in chunks:
+                prefill_tokens += take
+                pairs += take * sequence.prefilled + take * (take + 1) // 2
+            for _, count in tiles:
+                num_tiles += count
+            base_s, base_flops, base_bytes = self._base(
+                num_seqs, prefill_tokens, len(chunks), num_tiles
             )
-            num_tiles = sum(count for _, count in tiles)
-            shape = (num_seqs, prefill_tokens, len(chunks), num_tiles)
             block.prefill_tokens = prefill_tokens
             if num_tiles:
-                block.encode_s = cost.encode_s(num_tiles, clock_frac)
-            block.first_s = (
-                cost.base_s(*shape, clock_frac)
-                + self._per_context_mixed_s * context
-                + self._per_pair_s * pairs
-            )
+                block.encode_s = self._cost.encode_s(num_tiles, clock_frac)
+            block.first_s = base_s + self._per_context_mixed_s * context + self._per_pair_s * pairs
             block.flops_first = (
-                cost.base_flops(*shape) + self._context_flops * context + self._pair_flops * pairs
+                base_flops + self._context_flops * context + self._pair_flops * pairs
             )
             block.bytes_first = (
-                cost.base_bytes(*shape) + self._context_bytes * context + self._pair_bytes * pairs
+                base_bytes + self._context_bytes * context + self._pair_bytes * pairs
             )
             # Each further chunk of the same prompt attends to one chunk more.
             more_pairs = chunks[0][1] * chunks[0][1] if len(chunks) == 1 else 0
@@ -1033,12 +1034,32 @@ class Engine:
         block.t_end_s = math.inf if self._measured else block.end_after(iterations)
         self._block = block
 
+    def _base(
+        self, num_seqs: int, prefill_tokens: int, num_prefill_seqs: int, encode_tiles: int
+    ) -> tuple[float, float, float]:
+        """Time, operations and bytes of an iteration apart from context and pairs."""
+        ours = self._ours
+        if ours is not None:  # known to the compiler: calls without objects
+            return (
+                ours.base_s(
+                    num_seqs, prefill_tokens, num_prefill_seqs, encode_tiles, self.clock_frac
+                ),
+                ours.base_flops(num_seqs, prefill_tokens, num_prefill_seqs, encode_tiles),
+                ours.base_bytes(num_seqs, prefill_tokens, num_prefill_seqs, encode_tiles),
+            )
+        cost = self._cost
+        return (
+            cost.base_s(num_seqs, prefill_tokens, num_prefill_seqs, encode_tiles, self.clock_frac),
+            cost.base_flops(num_seqs, prefill_tokens, num_prefill_seqs, encode_tiles),
+            cost.base_bytes(num_seqs, prefill_tokens, num_prefill_seqs, encode_tiles),
+        )
+
     def _equal_chunks(self, chunks: list[tuple[_Sequence, int]]) -> int:
         """How many iterations take the same chunk of the same prompt and nothing else changes."""
         if not self._collapse or len(chunks) != 1:
             return 1
         sequence, take = chunks[0]
-        if take + self._num_decoding < self.config.max_batched_tokens:
+        if take + self._num_decoding < self._max_batched:
             return 1  # the prompt's rest: the next iteration is another batch
         iterations = (sequence.to_prefill - sequence.prefilled) // take
         if self._num_decoding:
@@ -1109,6 +1130,11 @@ class Engine:
                 self._end_prefill(sequence, t_s)
         self._block = None
 
+    def _tell(self, sequence: _Sequence, kind: EventKind, t_s: float) -> None:
+        # Not by the class, whose constructor is interpreted.
+        told = tuple.__new__(Event, (sequence.id, kind, t_s, sequence.preemptions))
+        self.events.append(told)
+
     def _end_decodes(self, t_s: float) -> None:
         ends, decodes = self._ends, self._decodes
         while ends and ends[0][0] <= decodes:
@@ -1121,14 +1147,14 @@ class Engine:
             self._kv_tokens -= length
             self._free += self._ceil_blocks(length)
             del self._running[sequence.id]
-            self.events.append(Event(sequence.id, "finished", t_s, sequence.preemptions))
+            self._tell(sequence, "finished", t_s)
 
     def _end_prefill(self, sequence: _Sequence, t_s: float) -> None:
         """The chunk just run gave out the sequence's next token."""
         self._prefilling.remove(sequence)
         self._output_total += 1
         if sequence.emitted == 0:
-            self.events.append(Event(sequence.id, "first_token", t_s, sequence.preemptions))
+            self._tell(sequence, "first_token", t_s)
         else:
             self.itl.add(t_s - sequence.last_token_s)
         sequence.emitted += 1
@@ -1136,7 +1162,7 @@ class Engine:
         if not left:
             self._free += self._ceil_blocks(sequence.prefilled)
             del self._running[sequence.id]
-            self.events.append(Event(sequence.id, "finished", t_s, sequence.preemptions))
+            self._tell(sequence, "finished", t_s)
             return
         sequence.start = self._decodes
         sequence.kv_start = sequence.prefilled

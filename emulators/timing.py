@@ -251,10 +251,10 @@ class IterationCost:
         if tokens:
             if self.sp > 1 and prefill_tokens:
                 tokens = num_seqs + -(-prefill_tokens // self.sp)
-            place = bisect_right(_KNOT_LIST, tokens) - 1
+            place = _knot(tokens)
             linear_s = self._linear[place] + self._linear_slope[place] * tokens
             heads = num_seqs + num_prefill_seqs
-            place = bisect_right(_KNOT_LIST, heads or 1) - 1
+            place = _knot(heads or 1)
             linear_s += self._head[place] + self._head_slope[place] * heads
             total_s += self._host[place] + self._host_slope[place] * heads
             if prefill_tokens:
@@ -318,7 +318,7 @@ class IterationCost:
             + self._flops_tile * encode_tiles
         )
         if self._added_flops and num_seqs:
-            place = bisect_right(_KNOT_LIST, num_seqs) - 1
+            place = _knot(num_seqs)
             total += self._added_flops[place] + self._added_flops_slope[place] * num_seqs
             if total < 0.0:
                 total = 0.0
@@ -503,6 +503,13 @@ class IterationCost:
 
 
 _KNOT_LIST: list[int] = _KNOTS.tolist()
+_TABLED = 4096
+_KNOT_OF: list[int] = (np.searchsorted(_KNOTS, np.arange(_TABLED), side="right") - 1).tolist()
+
+
+def _knot(count: int) -> int:
+    """Index of the last knot at or below a count, looked up where counts mostly are."""
+    return _KNOT_OF[count] if count < _TABLED else bisect_right(_KNOT_LIST, count) - 1
 
 
 class _Plan:

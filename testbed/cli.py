@@ -33,6 +33,7 @@ from testbed.analysis.fidelity_figures import write_page, write_svg
 from testbed.analysis.report import ledger_number, write_report
 from testbed.bench import bench_engine
 from testbed.bench_live import bench_intake, bench_lateness
+from testbed.bench_timing import bench_evaluation
 from testbed.calibrate import calibrate, load_profile, validate, write_profile
 from testbed.core.errors import DeviceError, SpecError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
@@ -838,6 +839,14 @@ def bench_dynamo_command(instances: int, requests: int, rate_rps: float, as_json
         f"{instances} instances: {result['ratio_requests_per_s']:.1f} times Dynamo replay in "
         f"requests/s of wall time, {result['ratio_cpu']:.1f} times by CPU time"
     )
+
+
+@bench.command("evaluation")
+@_JSON
+def bench_evaluation_command(as_json: bool) -> None:
+    """What one evaluation of an iteration's time and work costs, microseconds."""
+    _compile_first()
+    _print_bench(bench_evaluation(), as_json)
 
 
 @bench.command("recorder")

@@ -56,7 +56,7 @@ def summary(recording: Recording, duration_s: float) -> dict[str, Any]:
 
     ``gpu_s`` counts a GPU while an instance starts, serves or drains on it; ``stops`` counts slots
     that fell empty (not those that took another instance at once); ``quality_mean_frac`` is the
-    mean over completed requests of the declared quality of what finished them, where it has one.
+    mean over completed requests of the declared quality of what finished them, where there is one.
     """
     layouts = read_layouts(recording)
     last = np.append(layouts.instance[1:] != layouts.instance[:-1], True)
@@ -85,7 +85,7 @@ def quality_frac(recording: Recording, layouts: Layouts) -> Floats:
     """Declared quality of what served each completed request; NaN where none is declared."""
     table = recording.columns("requests", "instance", "finished_s", "status")
     done = table["status"] == "completed"
-    if not done.any():
+    if not done.any() or not (layouts.pool >= 0).any():  # a run that broke off may know neither
         return np.zeros(0)
     rows = layouts.at(table["instance"][done].astype(np.int64), table["finished_s"][done])
     models = recording.columns("model_index")

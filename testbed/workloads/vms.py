@@ -52,16 +52,24 @@ def hourly_rpm(service: str) -> Floats:
     return np.array([float(row["requests_per_minute"]) for row in rows])
 
 
+@cache
+def _around(service: str) -> tuple[Floats, Floats, float]:
+    """Middles of hours and their demand, with the last before the first and the first after the
+    last, since the days repeat; and the highest demand."""
+    rpm = hourly_rpm(service)
+    middle: Floats = np.arange(-0.5, len(rpm) + 1.0)
+    return middle, np.concatenate([rpm[-1:], rpm, rpm[:1]]), float(rpm.max())
+
+
 def demand_frac(service: str, hour: Floats | float) -> Floats:
     """Demand over its highest hour at a local hour since the first day's midnight.
 
     >>> bool(0.9 < demand_frac("coding", 12.0) <= 1.0), bool(demand_frac("coding", 2.0) < 0.3)
     (True, True)
     """
-    rpm = hourly_rpm(service)
-    middle = np.arange(len(rpm)) + 0.5
-    at = (np.asarray(hour, float) - UTC_OFFSET_H) % len(rpm)
-    return np.asarray(np.interp(at, middle, rpm, period=len(rpm)) / rpm.max())
+    middle, rpm, highest = _around(service)
+    at = (np.asarray(hour, float) - UTC_OFFSET_H) % PERIOD_H
+    return np.asarray(np.interp(at, middle, rpm) / highest)
 
 
 @cache

@@ -170,6 +170,16 @@ def test_more_than_can_be_served_gets_all_there_is():
     assert sum(kind.load for kind in chosen) == pytest.approx(2.0)
 
 
+def test_instances_that_are_there_stay_unless_others_save_what_a_change_is_worth():
+    few, many = Kind(8, 1.0, 3000.0), Kind(2, 0.25, 740.0)
+    kept = plan([few, many], 8, 0.9, use_all=False, held=(8,))
+    assert [kind.tp for kind in kept] == [8]  # 1.3 % would be saved
+    dear = Kind(8, 1.0, 3400.0)
+    assert [kind.tp for kind in plan([dear, many], 8, 0.9, use_all=False, held=(8,))] == [2] * 4
+    # What cannot serve the load does not stay.
+    assert sum(k.load for k in plan([few, many], 16, 1.2, use_all=False, held=(8,))) >= 1.2
+
+
 # Layouts.
 
 
@@ -341,14 +351,15 @@ def said_next(made, view):
     return [c for c in made.step(view) if not isinstance(c, SetLayout)]
 
 
-def test_the_ladder_climbs_a_rung_a_second_and_comes_down_at_once():
+def test_the_ladder_climbs_a_rung_a_second_from_its_second_and_comes_down_at_once():
     made, view, slot = in_trouble()
-    rungs = [said_next(made, view) for _ in range(4)]
-    kinds = [[type(c) for c in said] for said in rungs]
-    assert kinds == [[OrderQueue], [LockClocks], [RecallWaiting], [Squash, RecallWaiting]]
-    assert rungs[0][0].by == "deadline"
-    assert set(rungs[1][0].sm_clock_mhz) == {0.0}
-    assert all(c.instances.tolist() == [slot] for c in (*rungs[0], *rungs[2], *rungs[3]))
+    looks = [said_next(made, view) for _ in range(3)]
+    kinds = [[type(c) for c in said] for said in looks]
+    assert kinds == [[OrderQueue, LockClocks], [RecallWaiting], [Squash, RecallWaiting]]
+    order, clock = looks[0]
+    assert order.by == "deadline"
+    assert set(clock.sm_clock_mhz) == {0.0}
+    assert all(c.instances.tolist() == [slot] for c in (order, *looks[1], *looks[2]))
     view.instances.prefill_due_tokens[slot] = 100.0
     down = [c for c in said_next(made, view) if isinstance(c, OrderQueue)]
     assert [c.by for c in down] == ["arrival"]
@@ -359,7 +370,17 @@ def test_no_more_rungs_are_climbed_than_allowed(rungs):
     made, view, _ = in_trouble(rungs=rungs)
     said = [type(c) for _ in range(8) for c in said_next(made, view)]
     allowed = [OrderQueue, LockClocks, RecallWaiting][:rungs]
-    assert set(said) & {OrderQueue, RecallWaiting, Squash} == set(allowed) - {LockClocks}
+    # Clocks are the instance manager's as well.
+    assert set(said) - {LockClocks} == set(allowed) - {LockClocks}
+
+
+def test_more_is_late_at_a_lower_clock():
+    made, view, slot = in_trouble()
+    view.instances.prefill_due_tokens[slot] = made._due_most_tokens[slot] + 1.0
+    assert view.instances.prefill_due_tokens[slot] < made._due_top_tokens[slot]
+    assert [type(c) for c in said_next(made, view)] == [OrderQueue, LockClocks]
+    # It can be met now.
+    assert [c.by for c in said_next(made, view) if isinstance(c, OrderQueue)] == ["arrival"]
 
 
 def test_a_request_avoids_an_instance_where_too_many_prompts_are_due():

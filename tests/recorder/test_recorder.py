@@ -341,17 +341,3 @@ def test_itl_bins_agree_with_their_edges() -> None:
     inside = itl_bin(np.sqrt(edges_s[1:] * edges_s[:-1]))
     assert inside.tolist() == list(range(len(bins)))
     assert int(itl_bin(0.0)) == 0
-
-
-def test_a_report_is_cheap_to_append(tmp_path: Path) -> None:
-    """Targets are 15 us for 8 GPUs and 40 us for 64; three times that lets a busy machine pass."""
-    for count, limit_us in ((8, 45), (64, 120)):
-        recorder = Recorder(tmp_path / f"run{count}", spec=RunSpec())
-        report, index = readings(count), range(count)
-        best_s = np.inf
-        for _ in range(5):
-            start = time.perf_counter()
-            for tick in range(200):
-                recorder.gpus(float(tick), index, report)
-            best_s = min(best_s, (time.perf_counter() - start) / 200)
-        assert best_s * 1e6 < limit_us, f"{count} GPUs: {best_s * 1e6:.1f} us"

@@ -11,8 +11,8 @@ nodes. Three controllers act on different periods:
 
 The router sends a request to the instance of its pool whose power grows least, within the limits,
 and spills to larger pools. Where more prompts are due all the same than an instance can prefill
-within the limit, a ladder of emergency measures begins, a rung a second: order by deadline, highest
-clock, send elsewhere, drop what is past its deadline.
+within the limit, a ladder of emergency measures begins: order by deadline and highest clock, then,
+a rung a second, send elsewhere and drop what is past its deadline.
 
 Each part is a switch; with all off this is one pool of whole nodes, provisioned for the peak, at
 the highest clock. Use it as controller and as router: ``use = "dynamollm"`` in both.
@@ -327,6 +327,7 @@ class DynamoLLM:
         self._step_sent = [0.0] * len(view.instances.name)
         self._usual = np.zeros(len(view.instances.name))
         self._due_most_tokens = np.full(len(view.instances.name), np.inf)
+        self._due_top_tokens = self._due_most_tokens.copy()
 
     # Cluster manager: which pool has how many nodes.
 
@@ -514,7 +515,6 @@ class DynamoLLM:
             load = max(self._sent_load(slot, view.now_s), top.load[count], self._usual[slot])
             top_tps = self._capacity.prefill_tps(pool.name, pool.serves, place)
             least_s = min(self._ttft_s[name] for name in pool.serves or {pool.name})
-            self._due_most_tokens[slot] = least_s * top_tps
             clock = self._top
             if self.frequency and self._trouble.get(slot, 0) < _FASTER:
                 surge = surges[pool.name] * tp / max(tp, len(pool.nodes) * self._gpus_per_node)
@@ -532,7 +532,12 @@ class DynamoLLM:
             else:
                 added_w, most_load = top.slope_w, float(most[-1])
             steps = (STEPS - 1) / max(most_load, 1e-9)
+            # Prefill is bound by arithmetic: its time goes as one over the clock.
             tps = top_tps * float(clocks_mhz[clock] / clocks_mhz[-1])
+            self._due_most_tokens[slot], self._due_top_tokens[slot] = (
+                least_s * tps,
+                least_s * top_tps,
+            )
             routes[pool.name].append(_Entry(slot, card, fill, top, added_w, steps, tps, top_tps))
         self._routes = routes
         return self._set_clocks(clocks) + self._climb(view)
@@ -553,15 +558,17 @@ class DynamoLLM:
     def _climb(self, view: View) -> list[Command]:
         """The ladder: a rung higher wherever there still is trouble, down at once where not.
 
+        It begins on the second rung: neither order nor clock costs anybody anything.
+
         There is trouble where the prompts that are due would take an instance longer than the
-        shortest limit that it serves, at the highest clock.
+        shortest limit that it serves, at the clock that it has.
         """
         if not self.rungs:
             return []
         late = np.flatnonzero(view.instances.prefill_due_tokens > self._due_most_tokens)
         before, self._trouble = (
             self._trouble,
-            {slot: min(self.rungs, self._trouble.get(slot, 0) + 1) for slot in late.tolist()},
+            {slot: min(self.rungs, self._trouble.get(slot, 1) + 1) for slot in late.tolist()},
         )
         calm = np.array(sorted(set(before) - set(self._trouble)), dtype=np.int64)
         new = [slot for slot in self._trouble if slot not in before]
@@ -572,8 +579,10 @@ class DynamoLLM:
             commands.append(OrderQueue(np.array(new), "deadline", FASTER_WHY))
         if self.frequency:
             num_gpus = view.instances.num_gpus
-            fast = [(slot, int(num_gpus[slot]), self._top) for slot in self._on(_FASTER).tolist()]
+            slots = self._on(_FASTER)
+            fast = [(slot, int(num_gpus[slot]), self._top) for slot in slots.tolist()]
             commands += self._set_clocks(fast, FASTER_WHY)
+            self._due_most_tokens[slots] = self._due_top_tokens[slots]
         if len(stuck := self._on(_SQUASH)):  # before the others leave: they would come back
             commands.append(Squash(stuck, why="past their deadline"))
         if len(stuck := self._on(_RECALL)):
