@@ -49,7 +49,7 @@ fidelity: $(VENV)/.ready
 experiment: $(VENV)/.ready
 	$(BIN)/testbed experiment $(NAME) $(if $(MODE),--mode $(MODE)) $(RUN_ARGS)
 
-## make experiments         all of them, in virtual time where that is possible
+## make experiments         all of them, in virtual time; RUN_ARGS=--quick for a minute each
 experiments: $(VENV)/.ready
 	for spec in experiments/*/run.toml; do $(BIN)/testbed experiment $$(dirname $$spec) --mode virtual $(RUN_ARGS) || exit 1; done
 

@@ -18,7 +18,7 @@ import pynvml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from emulators import compiled
 from emulators.models import available_models
@@ -30,7 +30,7 @@ from testbed.analysis.compare import comparison_lines, write_comparison
 from testbed.analysis.export import export as export_recording
 from testbed.analysis.fidelity import compare as compare_with_measured
 from testbed.analysis.fidelity_figures import write_page, write_svg
-from testbed.analysis.report import write_report
+from testbed.analysis.report import ledger_number, write_report
 from testbed.bench import bench_engine
 from testbed.bench_live import bench_intake, bench_lateness
 from testbed.bench_timing import bench_evaluation
@@ -273,7 +273,7 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
     line("time to first token", spread(summary["ttft_s"], "s"))
     line("gap between tokens", spread(summary["itl_s"], "ms", 1000))
     line("power", spread(summary["power_w"], "W"))
-    line("energy", f"{(summary['energy_j'] or 0.0) / 3.6e6:.4g} kWh")
+    line("energy", _ledger_words(summary["ledger"]))
     breaches = summary["breaches"]
     line("over budget", f"{breaches['count']} times, {breaches['s']:.1f} s in all")
     line("commands", "  ".join(f"{key} {value}" for key, value in summary["commands"].items()))
@@ -285,6 +285,17 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
     if (folder / "report.html").exists():
         line("report", str(folder / "report.html"))
     _OUT.print(table)
+
+
+def _ledger_words(ledger: dict[str, Any]) -> str:
+    """What a run drew, emitted and cost, in a line."""
+    number = ledger_number
+    host = f" (GPUs {number(ledger['gpu_kwh'])})" if ledger["host_kwh"] else ""
+    carbon = "" if ledger["carbon_kg"] is None else f"  {number(ledger['carbon_kg'])} kg CO2"
+    return (
+        f"{number(ledger['energy_kwh'])} kWh{host}{carbon}  {number(ledger['energy_usd'])} USD"
+        f"  and {number(ledger['gpu_usd'])} USD of GPU time"
+    )
 
 
 @main.command("publish")
@@ -456,9 +467,10 @@ def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     if as_json:
         _print_json(found)
     else:
-        head, *lines = comparison_lines(found)
-        table = Table(*head)
-        for line in lines:
+        labels = [run["run_id"] for run in found["runs"]]
+        heads = ["", *labels, *(["to the first"] * (len(labels) - 1))]
+        table = Table(*(Column(head, overflow="fold") for head in heads))  # nothing is cut off
+        for line in comparison_lines(found):
             table.add_row(*line)
         _OUT.print(table)
     if html is not None:
@@ -692,15 +704,21 @@ def experiment_command(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Make every run of an experiment, and print its rows beside the paper's numbers."""
+    """Make every run of an experiment, and print its rows beside the paper's numbers.
+
+    Of a folder with a run.toml only: that run, always kept, and its summary; with --seeds, that run
+    once per seed, and their means. With --quick it is shortened as its quick.toml says.
+    """
     _compile_first()
     found = find_experiment(name)
-    if found.module is None:
-        ctx.invoke(run, spec=found.spec, mode=mode, out=out, as_json=as_json)
+    if found.module is None and seeds is None:
+        overrides = tuple(found.quick_overrides()) if quick else ()
+        ctx.invoke(run, spec=found.spec, mode=mode, overrides=overrides, out=out, as_json=as_json)
         return
+    default = "virtual" if found.module is not None else load_spec(found.spec).mode
     folder, result = run_experiment(
         found,
-        Options(mode or "virtual", quick, seeds or 0),
+        Options(mode or default, quick, seeds or 0),
         out,
         workers=workers,
         keep=keep,

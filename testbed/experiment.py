@@ -11,7 +11,8 @@ An experiment is a folder with a README (question, answer, figure) and an ``expe
     DECLARED = {"name": value}                           optional: free parameters, for the result
 
 It is loaded by its place, as a policy is: nothing is registered. A folder with a ``run.toml`` only
-is a single run. Runs are spread over processes of this machine (live ones are made one by one),
+is a single run, or that run with several seeds; a ``quick.toml`` beside it says what a quick one
+has in other fields. Runs are spread over processes of this machine (live ones are made one by one),
 and thrown away once measured unless they are to be kept.
 """
 
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -40,7 +41,7 @@ from testbed.analysis.statistics import Estimate, change_of, mean_of
 from testbed.core.errors import SpecError, TestbedError
 from testbed.core.spec import parse_spec
 from testbed.recorder.writer import new_run_folder
-from testbed.sweep import Progress, on_processes
+from testbed.sweep import Progress, on_processes, toml_text
 
 Mode = Literal["virtual", "emulated", "hardware"]
 Values = dict[str, Any]
@@ -205,8 +206,43 @@ class Experiment:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Modes that it can be made in."""
+        """Modes that it can be made in; what a single run cannot, its run file's check says."""
+        if self.module is None:
+            return get_args(Mode)
         return tuple(getattr(self.module, "MODES", ("virtual",)))
+
+    def quick_overrides(self) -> list[str]:
+        """What a quick single run has in other fields, as ``testbed run --set`` takes it.
+
+        Raises:
+            SpecError: the folder does not say, or not in TOML.
+        """
+        path = self.folder / "quick.toml"
+        try:
+            tree = msgspec.toml.decode(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise SpecError(
+                f"experiment {self.name!r}: --quick: a single run needs a quick.toml beside its "
+                "run.toml that says what to shorten, as in duration_s = 20"
+            ) from None
+        except (UnicodeDecodeError, msgspec.DecodeError) as error:
+            raise SpecError(f"{path}: not TOML: {error}") from None
+        return _overrides_of(tree)
+
+
+def _overrides_of(tree: dict[str, Any], path: str = "") -> list[str]:
+    """Each value of a tree of tables, with its path.
+
+    >>> _overrides_of({"duration_s": 20.0, "cluster": {"rows": 1, "gpu": "h100-sxm"}})
+    ['duration_s=20.0', 'cluster.rows=1', 'cluster.gpu="h100-sxm"']
+    """
+    found: list[str] = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found += _overrides_of(value, f"{path}{name}.")
+        else:
+            found.append(f"{path}{name}={toml_text(value)}")
+    return found
 
 
 def folders() -> list[Path]:
@@ -298,6 +334,44 @@ def _run_job(job: _Job) -> Values:
     return values if job.keep else {k: v for k, v in values.items() if k != "run_folder"}
 
 
+_SINGLE_ROWS: tuple[tuple[str, str, str, float], ...] = (
+    ("requests.slo_attained_frac", "requests within their limits", "%", 100.0),
+    ("goodput_rps", "requests within their limits, per second", "1/s", 1.0),
+    ("ttft_s.p99", "P99 time to first token", "ms", 1e3),
+    ("itl_s.p99", "P99 time between tokens", "ms", 1e3),
+    ("power_w.mean", "mean power of the GPUs", "W", 1.0),
+    ("power_w.max", "highest power of the GPUs", "W", 1.0),
+    ("breaches.s", "time over a row's budget", "s", 1.0),
+    ("ledger.energy_kwh", "energy", "kWh", 1.0),
+    ("ledger.carbon_kg", "carbon", "kg", 1.0),
+    ("ledger.energy_usd", "price of the energy", "USD", 1.0),
+)
+"""What a single run's seeds are compared in: number, metric, unit, scale."""
+
+
+def _single_cases(experiment: Experiment, options: Options) -> list[Case]:
+    """The run of a folder without ``experiment.py``, once per seed."""
+    text = experiment.spec.read_text(encoding="utf-8")
+    more = [f'mode="{options.mode}"']
+    more += experiment.quick_overrides() if options.quick else []
+    return [
+        Case(experiment.name, seed, "", text, [*more, f"seed={seed}"])
+        for seed in options.seed_list(full=1, quick=1)
+    ]
+
+
+def _single_rows(results: Results) -> list[Row]:
+    """Means over seeds of what every run can tell; there is no baseline."""
+    [arm] = results.arms()
+    rows = []
+    for number, metric, unit, scale in _SINGLE_ROWS:
+        try:
+            rows.append(results.mean_row(number, arm, scale=scale, metric=metric, unit=unit))
+        except TypeError:  # not known of one of them, as latency where nothing was served
+            continue
+    return rows
+
+
 # All of them.
 
 
@@ -317,7 +391,6 @@ def run_experiment(
         TestbedError: a run failed; names it.
     """
     module = experiment.module
-    assert module is not None, "a single run is not for this function"
     if options.mode not in experiment.modes:
         raise SpecError(
             f"experiment {experiment.name!r}: mode = {options.mode!r} must be one of "
@@ -326,7 +399,9 @@ def run_experiment(
     if options.seeds < 0:
         raise SpecError(f"--seeds = {options.seeds} must be at least 1")
     begun = time.monotonic()
-    cases: list[Case] = module.cases(options)
+    cases: list[Case] = (
+        _single_cases(experiment, options) if module is None else module.cases(options)
+    )
     prepare: Callable[[list[Case]], None] = getattr(module, "prepare", lambda cases: None)
     prepare(cases)
     folder = new_run_folder(out, experiment.name)
@@ -354,7 +429,9 @@ def run_experiment(
         "seeds": sorted({case.seed for case in cases}),
         "runs": len(cases),
         "wall_s": time.monotonic() - begun,
-        "rows": msgspec.to_builtins(module.rows(results)),
+        "rows": msgspec.to_builtins(
+            _single_rows(results) if module is None else module.rows(results)
+        ),
         "declared": getattr(module, "DECLARED", {}),
         "provenance": _provenance(options, results),
         "folder": str(folder),
@@ -378,6 +455,8 @@ def read_results(folder: Path) -> Results:
 
 
 def _figures(experiment: Experiment, results: Results) -> list[Figure]:
+    if experiment.module is None:
+        return []
     beside = experiment.folder / "figure.py"
     module = _load(beside) if beside.is_file() else experiment.module
     draw: Callable[[Results], list[Figure]] = getattr(module, "figures", lambda results: [])

@@ -22,6 +22,7 @@ from emulators.models import load_model
 from emulators.profiles import GpuProfile, load_gpu
 from emulators.server import build_engine
 from emulators.state import GpuState
+from testbed.analysis.ledger import check_tariff
 from testbed.analysis.summary import summarise
 from testbed.coordinator.cluster import Layout
 from testbed.core.errors import RecordingError, SpecError
@@ -147,6 +148,10 @@ def _recorded(parts: Parts, folder: Path, play: Callable[[], None]) -> Path:
         with Recorder(
             folder, spec=spec, meta=meta, resume=parts.checkpoint is not None
         ) as parts.records:
+            if parts.checkpoint is None:
+                for policy, controller in zip(spec.policy, parts.controllers, strict=True):
+                    for text in getattr(controller, "remarks", ()):
+                        parts.records.event(0.0, "warning", policy.use, "policy", text)
             play()
     finally:
         # A run that failed has a summary of as far as it came, marked invalid.
@@ -159,6 +164,9 @@ def load_policies(spec: RunSpec) -> tuple[list[Controller], Router]:
 
     A router named as one of the controllers, without parameters of its own, is that controller: a
     policy that both routes and steps.
+
+    Raises:
+        SpecError: a policy ``needs`` a table (``plant``) that the run file does not have.
     """
     controllers = [load_controller(policy) for policy in spec.policy]
     router = next(
@@ -171,6 +179,15 @@ def load_policies(spec: RunSpec) -> tuple[list[Controller], Router]:
         ),
         None,
     ) or load_router(spec.router)
+    for use, part in [
+        *zip((p.use for p in spec.policy), controllers, strict=True),
+        (spec.router.use, router),
+    ]:
+        for table in getattr(part, "needs", ()):
+            if getattr(spec, table) is None:
+                raise SpecError(
+                    f"policy {use!r}: does nothing without a {table}: add a table [{table}]"
+                )
     learners = {id(p): cast(Learner, p) for p in (*controllers, router) if hasattr(p, "learn")}
     for learner in learners.values():
         learner.learn(profile_of(spec, learner.sweep))
@@ -178,7 +195,7 @@ def load_policies(spec: RunSpec) -> tuple[list[Controller], Router]:
 
 
 def _check(spec: RunSpec, profile: GpuProfile) -> None:
-    """What needs the profiles to be known: budgets, and whether models fit."""
+    """What needs profiles and data to be known: budgets, whether models fit, named series."""
     cluster = spec.cluster
     info = GpuInfo(
         uuid="",
@@ -192,6 +209,7 @@ def _check(spec: RunSpec, profile: GpuProfile) -> None:
     )
     if spec.mode != "hardware":
         Layout(spec).safe_limit_w([info])
+    check_tariff(spec.ledger)
     tick_s = spec.control.sample_period_s
     if spec.mode != "virtual" and tick_s < 0.02:
         raise SpecError(f"run spec: control.sample_period_s = {tick_s} must be >= 0.02 when live")

@@ -345,15 +345,15 @@ def _result(folder: Path, number: int) -> Path:
 
 def _overrides(sweep: SweepSpec, change: Values) -> list[str]:
     overrides = [f"mode={json.dumps(sweep.mode)}"]
-    return overrides + [f"{field}={_toml(value)}" for field, value in change.items()]
+    return overrides + [f"{field}={toml_text(value)}" for field, value in change.items()]
 
 
-def _toml(value: Any) -> str:
+def toml_text(value: Any) -> str:
     """A value as TOML writes it in a line."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml_text(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+        return "[" + ", ".join(toml_text(entry) for entry in value) + "]"
     return json.dumps(value)
 
 
@@ -491,7 +491,7 @@ def write_table(folder: Path, changes: list[Values]) -> None:
         if place.exists():
             result = json.loads(place.read_text(encoding="utf-8"))
             shown = {
-                f: v if not isinstance(v, dict | list) else _toml(v) for f, v in change.items()
+                f: v if not isinstance(v, dict | list) else toml_text(v) for f, v in change.items()
             }
             rows.append({"run": number, **shown, **result})
     names = list(dict.fromkeys(name for row in rows for name in row))

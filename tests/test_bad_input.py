@@ -35,6 +35,12 @@ from tests.conftest import cli
         ("pool.0.model=llama-3.1-70b", "leaves no memory"),
         ("nonsense", "expected path=value"),
         ("transport.loss_frac=1.5", "< 1"),
+        ('ledger.grid="XX"', "ledger.grid = 'XX' is none of: BPAT, CISO"),
+        ('ledger.price="PJM"', "ledger.price = 'PJM' is none of: CISO, ERCO"),
+        ('ledger={price="CISO", price_usd_per_kwh=[0.2]}', "give one of them"),
+        ("ledger={host_w=900.0, plant_hosts=true}", "give one of them"),
+        ("ledger.price_usd_per_kwh=[inf]", "ledger.price_usd_per_kwh.0 = inf"),
+        ("ledger.price_usd_per_kwh=[0.1, 0.2]", "must have 1 or 24"),
     ],
 )
 def test_one_clear_line(small_spec, tmp_path, override, says):
@@ -44,6 +50,7 @@ def test_one_clear_line(small_spec, tmp_path, override, says):
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(errors) == 1
+    assert not list(tmp_path.glob("*/manifest.json"))  # before anything was run
 
 
 def test_missing_and_broken_spec_files(tmp_path):

@@ -19,9 +19,10 @@ from testbed.analysis.summary import summarise
 from testbed.core.errors import RecordingError
 from testbed.recorder.reader import Recording, Source
 
-_NOT_COMPARED = {"run_id", "name", "mode", "seed", "valid", "invalid_because", "wall_s"}
+_NOT_COMPARED = {"run_id", "name", "mode", "seed", "valid", "invalid_because", "wall_s", "policies"}
 _LOWER_IS_BETTER = ("ttft_s", "itl_s", "e2e_s", "tpot_s", "energy", "breaches", "lost", "rejected",
-                    "lateness", "throttle", "swap", "faults", "pressure", "slowdown")  # fmt: skip
+                    "lateness", "throttle", "swap", "faults", "pressure", "slowdown", "_kwh",
+                    "carbon", "_usd")  # fmt: skip
 _HIGHER_IS_BETTER = ("slo_attained_frac", "goodput", "completed")
 
 
@@ -122,6 +123,8 @@ def verdict(metric: str, ratio: float | None) -> str:
 
     >>> verdict("ttft_s.p50", 0.8), verdict("energy_j", 1.2), verdict("tokens.output", 2.0)
     ('good', 'bad', '')
+    >>> verdict("ledger.carbon_kg", 0.8), verdict("ledger.by_class.chat.gpu_usd", 1.2)
+    ('good', 'bad')
     """
     if ratio is None or abs(ratio - 1) <= 0.01:
         return ""

@@ -3,8 +3,10 @@
 Energy comes from the GPUs' counters, carbon from an hourly series of the grid's intensity, money
 from a price of energy and a price of GPU time. Nodes that hold no instance have been given back: of
 an elastic run the ledger counts what nodes draw while they hold one, and says what the rest drew.
-What a request cost is not measured: a node's energy is divided among the requests that it served
-by tokens, a token given out counting as `OUTPUT_WEIGHT` tokens taken in.
+A GPU's energy, and its part of what its host draws, is its holder's: the customer of an opaque VM,
+or an instance. What a request cost is not measured: an instance's energy is divided among the
+requests that it served by tokens, a token given out counting as `OUTPUT_WEIGHT` tokens taken in.
+GPUs that nobody holds, or whose instance served nobody, are ``(idle)``.
 
 Everything is as the run went, except that a run whose trace was compressed k times stands for k
 times its length: energy and GPU time are multiplied, and the grid's hours pass k times as fast.
@@ -47,14 +49,115 @@ def carbon_g_per_kwh(grid: str) -> Floats:
     >>> len(carbon_g_per_kwh("CISO")), round(float(carbon_g_per_kwh("BPAT").mean()))
     (288, 25)
     """
-    text = files("testbed.analysis").joinpath("grid_data/carbon_2022_may.csv").read_text("utf-8")
+    return _series("carbon_2022_may.csv", "grid", grid)
+
+
+@cache
+def price_usd_per_kwh(grid: str) -> Floats:
+    """Hourly day-ahead price of energy in a grid, the same hours as `carbon_g_per_kwh`.
+
+    Raises:
+        SpecError: we ship no such series.
+
+    >>> series = price_usd_per_kwh("CISO")
+    >>> len(series), round(float(series.mean()), 3)
+    (288, 0.066)
+    """
+    return _series("price_2022_may.csv", "price", grid) / 1000
+
+
+def _series(file: str, field: str, grid: str) -> Floats:
+    """A column of a file of hours; gaps are bridged."""
+    text = files("testbed.analysis").joinpath("grid_data", file).read_text("utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     if grid not in rows[0] or grid == "timestamp":
         known = ", ".join(name for name in rows[0] if name != "timestamp")
-        raise SpecError(f"run spec: ledger.grid = {grid!r} is none of: {known}")
+        raise SpecError(f"run spec: ledger.{field} = {grid!r} is none of: {known}")
     values = [float(row[grid]) if row[grid] else np.nan for row in rows]
     known_at = np.flatnonzero(~np.isnan(values))
     return np.asarray(np.interp(np.arange(len(values)), known_at, np.array(values)[known_at]))
+
+
+def check_tariff(tariff: LedgerSpec) -> None:
+    """Before a run, since the ledger is made after it.
+
+    Raises:
+        SpecError: names a series that we do not ship.
+    """
+    if tariff.grid:
+        carbon_g_per_kwh(tariff.grid)
+    if tariff.price:
+        price_usd_per_kwh(tariff.price)
+
+
+@dataclass(frozen=True, slots=True)
+class Holds:
+    """Who held which GPU, from when to when: one row per GPU and span, in order of GPUs."""
+
+    gpu: Ints
+    holder: Ints
+    """An instance (or slot), or their number and a VM."""
+    start_s: Floats
+    end_s: Floats
+    num_instances: int
+    customer: Ints
+    """Of each opaque VM."""
+
+    @property
+    def num_holders(self) -> int:
+        """Instances and VMs."""
+        return self.num_instances + len(self.customer)
+
+
+def read_holds(recording: Recording) -> Holds:
+    """What instances and opaque VMs held, of any run."""
+    num_instances = len(recording.columns("instance_index", "instance")["instance"])
+    if recording.spec.cluster.elastic:
+        layouts = read_layouts(recording)
+        until_s = np.append(layouts.t_s[1:], np.inf)
+        until_s[np.append(layouts.instance[1:] != layouts.instance[:-1], True)] = np.inf
+        rows = np.flatnonzero(layouts.state != OFF)
+        rows = np.repeat(rows, layouts.num_gpus[rows])
+        # A slot has the number of its first GPU.
+        first = np.append(True, rows[1:] != rows[:-1]) if len(rows) else np.zeros(0, bool)
+        place = np.arange(len(rows)) - np.maximum.accumulate(
+            np.where(first, np.arange(len(rows)), 0)
+        )
+        holder = layouts.instance[rows].astype(np.int64)
+        gpu, start_s, end_s = holder + place, layouts.t_s[rows], until_s[rows]
+    else:
+        instance = recording.columns("gpu_index", "instance")["instance"].astype(np.int64)
+        gpu = np.flatnonzero(instance >= 0)
+        holder, start_s = instance[gpu], np.zeros(len(gpu))
+        end_s = np.full(len(gpu), np.inf)
+    customer = np.zeros(0, np.int64)
+    if recording.spec.vms.count:
+        vm_gpu, vm, vm_start_s, vm_end_s, customer = _vm_spans(recording)
+        gpu, holder = np.append(gpu, vm_gpu), np.append(holder, num_instances + vm)
+        start_s, end_s = np.append(start_s, vm_start_s), np.append(end_s, vm_end_s)
+    order = np.argsort(gpu, kind="stable")
+    return Holds(gpu[order], holder[order], start_s[order], end_s[order], num_instances, customer)
+
+
+def _vm_spans(recording: Recording) -> tuple[Ints, Ints, Floats, Floats, Ints]:
+    """GPU, VM, start and end of each span that policies saw, and the customer of each VM."""
+    table = recording.columns("facility", "now_s", "quantity", "place_index", "value")
+    quantity = table["quantity"].astype(str)
+
+    def of(name: str) -> tuple[Ints, Floats, Ints]:
+        mine = np.flatnonzero(quantity == name)
+        place = table["place_index"][mine].astype(np.int64)
+        order = np.lexsort((table["now_s"][mine], place))
+        return place[order], table["now_s"][mine][order], table["value"][mine][order].astype(int)
+
+    gpu, t_s, vm = of("gpu_vm")
+    until_s = np.append(t_s[1:], np.inf)
+    until_s[np.append(gpu[1:] != gpu[:-1], True)] = np.inf
+    held = vm >= 0
+    whose, _, customer = of("vms.customer")
+    _, latest = np.unique(whose[::-1], return_index=True)
+    customer = customer[::-1][latest]
+    return gpu[held], vm[held], t_s[held], until_s[held], customer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +171,13 @@ class Energy:
     """``[bin, node]``: share of the bin in which the node held an instance."""
     gpu_s: float
     """GPU-seconds of nodes in use."""
+    holds: Holds
+    held_j: Floats
+    """By holder: what its GPUs drew while it held them."""
+    held_s: Floats
+    """By holder: GPU-seconds."""
+    holder_node: Ints
+    """By holder; -1 for one that held nothing."""
 
     @property
     def used_j(self) -> Floats:
@@ -95,20 +205,31 @@ def read_energy(
     edges_s = np.linspace(from_s, max(end_s, from_s + 1e-9), bins + 1)
     num_nodes = int(node_of.max(initial=0)) + 1
     drawn_j = np.zeros((bins, num_nodes))
+    holds = read_holds(recording)
+    spans = np.searchsorted(holds.gpu, np.arange(len(node_of) + 1))
+    from_to_s = np.array([holds.start_s, holds.end_s]).clip(from_s, edges_s[-1])
+    held_j = np.zeros(holds.num_holders)
     order = np.lexsort((gpus["t_s"], gpus["gpu"]))
     t_s, gpu, counter_j = (gpus[name][order] for name in ("t_s", "gpu", "energy_j"))
     starts = np.searchsorted(gpu, np.arange(len(node_of) + 1))
     for index, node in enumerate(node_of):
         mine = slice(starts[index], starts[index + 1])
         if starts[index] < starts[index + 1]:
-            rise = np.diff(np.interp(edges_s, t_s[mine], _rising(counter_j[mine])))
-            drawn_j[:, node] += rise
-    used = _used_frac(recording, edges_s, num_nodes)
+            rising_j = _rising(counter_j[mine])
+            drawn_j[:, node] += np.diff(np.interp(edges_s, t_s[mine], rising_j))
+            span = slice(spans[index], spans[index + 1])
+            [span_j] = np.diff(np.interp(from_to_s[:, span], t_s[mine], rising_j), axis=0)
+            np.add.at(held_j, holds.holder[span], span_j)
+    used = _used_frac(recording, holds, edges_s, node_of, num_nodes)
     if not given_back:
         used[:, used.any(axis=0)] = 1.0
     per_node = np.bincount(node_of, minlength=num_nodes)
     gpu_s = float((used * np.diff(edges_s)[:, None] * per_node).sum())
-    return Energy(edges_s, drawn_j, used, gpu_s)
+    [span_s] = np.diff(from_to_s, axis=0)
+    held_s = np.bincount(holds.holder, span_s, holds.num_holders).astype(np.float64)
+    holder_node = np.full(holds.num_holders, -1, np.int64)
+    holder_node[holds.holder] = node_of[holds.gpu]
+    return Energy(edges_s, drawn_j, used, gpu_s, holds, held_j, held_s, holder_node)
 
 
 def _rising(counter_j: Floats) -> Floats:
@@ -118,42 +239,35 @@ def _rising(counter_j: Floats) -> Floats:
     return np.cumsum(rise)
 
 
-def _used_frac(recording: Recording, edges_s: Floats, num_nodes: int) -> Floats:
+def _used_frac(
+    recording: Recording, holds: Holds, edges_s: Floats, node_of: Ints, num_nodes: int
+) -> Floats:
     bins = len(edges_s) - 1
     if not recording.spec.cluster.elastic:
         return np.ones((bins, num_nodes))
-    layouts = read_layouts(recording)
-    node_of = recording.columns("instance_index", "node")["node"].astype(np.int64)
     used = np.zeros((bins, num_nodes))
-    for node, spans in _held_spans(layouts.t_s, layouts.instance, layouts.state, node_of).items():
-        for start_s, until_s in spans:
+    holds_node = node_of[holds.gpu]
+    for node in range(num_nodes):
+        mine = holds_node == node
+        for start_s, until_s in _together(holds.start_s[mine], holds.end_s[mine]):
             inside = np.minimum(edges_s[1:], until_s) - np.maximum(edges_s[:-1], start_s)
             used[:, node] += np.maximum(inside, 0.0)
     return np.minimum(used / np.diff(edges_s)[:, None], 1.0)
 
 
-def _held_spans(
-    t_s: Floats, instance: Ints, state: Ints, node_of: Ints
-) -> dict[int, list[tuple[float, float]]]:
-    """When each node held at least one instance."""
-    held: dict[int, set[int]] = {}
-    since: dict[int, float] = {}
-    spans: dict[int, list[tuple[float, float]]] = {}
-    for place in np.argsort(t_s, kind="stable"):
-        slot, now_s = int(instance[place]), float(t_s[place])
-        node = int(node_of[slot])
-        mine = held.setdefault(node, set())
-        before = bool(mine)
-        if state[place] == OFF:
-            mine.discard(slot)
+def _together(start_s: Floats, end_s: Floats) -> list[tuple[float, float]]:
+    """Spans in which at least one of these holds.
+
+    >>> _together(np.array([5.0, 0.0, 1.0]), np.array([6.0, 2.0, 3.0]))
+    [(0.0, 3.0), (5.0, 6.0)]
+    """
+    spans: list[tuple[float, float]] = []
+    order = np.argsort(start_s, kind="stable")
+    for start, end in zip(start_s[order].tolist(), end_s[order].tolist(), strict=True):
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
         else:
-            mine.add(slot)
-        if mine and not before:
-            since[node] = now_s
-        elif before and not mine:
-            spans.setdefault(node, []).append((since.pop(node), now_s))
-    for node, start_s in since.items():
-        spans.setdefault(node, []).append((start_s, np.inf))
+            spans.append((start, end))
     return spans
 
 
@@ -175,8 +289,10 @@ def ledger(
         given_back: see `read_energy`.
 
     Returns:
-        Totals, then ``by_class`` and ``by_tenant`` with their share of each. ``*_kwh`` are of
-        nodes in use; ``released_kwh`` is what the others drew.
+        Totals, then ``by_class`` and ``by_tenant`` with their share of each: ``share_frac`` of the
+        energy, and so of carbon and its price, and ``gpu_h`` of GPU time. Opaque VMs are class
+        ``(vms)`` and tenants ``vm:customer0``. ``*_kwh`` are of nodes in use; ``released_kwh`` is
+        what the others drew.
     """
     recording = Recording.open(source)
     tariff = tariff or recording.spec.ledger
@@ -185,14 +301,17 @@ def ledger(
     middle_s = (energy.edges_s[1:] + energy.edges_s[:-1]) / 2 * scale
     length_s = np.diff(energy.edges_s)[:, None] * scale
     gpu_kwh = energy.used_j * scale / J_PER_KWH
+    hosts = _plant_hosts(recording.spec, tariff)
     whole_host_w = _host_w(recording.spec, tariff, energy)
     host_kwh = whole_host_w * energy.used_frac * length_s / J_PER_KWH
     kwh = (gpu_kwh + host_kwh) * tariff.pue
     released_kwh = energy.drawn_j * (1 - energy.used_frac) * scale / J_PER_KWH
-    if tariff.plant_hosts:
+    if hosts:
         released_kwh += whole_host_w * (1 - energy.used_frac) * length_s / J_PER_KWH
-    carbon_g = _hourly(tariff.grid, middle_s, tariff.begins_h)[:, None] * kwh
-    usd = _priced(tariff.price_usd_per_kwh, middle_s, tariff.begins_h)[:, None] * kwh
+    intensity = carbon_g_per_kwh(tariff.grid) if tariff.grid else [0.0]
+    carbon_g = _at_hours(intensity, middle_s, tariff.begins_h)[:, None] * kwh
+    prices = price_usd_per_kwh(tariff.price) if tariff.price else tariff.price_usd_per_kwh
+    usd = _at_hours(prices, middle_s, tariff.begins_h)[:, None] * kwh
     gpu_h = energy.gpu_s * scale / 3600
     totals = {
         "gpu_kwh": float(gpu_kwh.sum()),
@@ -204,64 +323,86 @@ def ledger(
         "gpu_h": gpu_h,
         "gpu_usd": gpu_h * tariff.gpu_usd_per_h,
     }
-    shares = _shares(recording, kwh.sum(axis=0))
+    shares = _shares(recording, energy, kwh.sum(axis=0))
     return {
         **totals,
         "time_scale": scale,
         "policies": [policy.use for policy in recording.spec.policy],
         **{
-            f"by_{column}": {name: _part(totals, share) for name, share in found.items()}
+            f"by_{column}": {name: _part(totals, *parts) for name, parts in found.items()}
             for column, found in shares.items()
         },
     }
 
 
+def _plant_hosts(spec: RunSpec, tariff: LedgerSpec) -> bool:
+    """Whether hosts are counted as a plant has them."""
+    if tariff.plant_hosts is None:
+        return spec.plant is not None and not tariff.host_w
+    return tariff.plant_hosts
+
+
 def _host_w(spec: RunSpec, tariff: LedgerSpec, energy: Energy) -> Floats:
     """``[bin, node]``: what nodes draw beside their GPUs while they are on."""
-    if not tariff.plant_hosts:
+    if not _plant_hosts(spec, tariff):
         return np.full(energy.drawn_j.shape, tariff.host_w)
     host = Host(spec.plant or PlantSpec(), load_gpu(spec.cluster.gpu), spec.cluster.gpus_per_node)
     return host.host_w(host.load(energy.drawn_j / np.diff(energy.edges_s)[:, None]))
 
 
-def _part(totals: dict[str, Any], share: float) -> dict[str, float | None]:
-    names = ("energy_kwh", "carbon_kg", "energy_usd", "gpu_usd")
+def _part(totals: dict[str, Any], energy_frac: float, time_frac: float) -> dict[str, float | None]:
+    by_energy = ("energy_kwh", "carbon_kg", "energy_usd")
     return {
-        "share_frac": share,
-        **{name: None if totals[name] is None else totals[name] * share for name in names},
+        "share_frac": energy_frac,
+        **{
+            name: None if totals[name] is None else totals[name] * energy_frac for name in by_energy
+        },
+        **{name: totals[name] * time_frac for name in ("gpu_h", "gpu_usd")},
     }
 
 
-def _shares(recording: Recording, node_kwh: Floats) -> dict[str, dict[str, float]]:
-    """Share of the energy by tenant and class; what served nobody is ``(idle)``."""
+def _shares(
+    recording: Recording, energy: Energy, node_kwh: Floats
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Share of energy and of GPU time by class and tenant."""
+    held = np.array([_held_kwh(energy, node_kwh), energy.held_s])
+    totals = np.array([node_kwh.sum(), energy.gpu_s])
+    # Bins and spans do not meet exactly where nodes come and go: then all is held.
+    held /= np.maximum(np.maximum(totals, held.sum(axis=1)), 1e-12)[:, None]
+    instances = slice(energy.holds.num_instances)
     table = recording.columns("requests")
-    node_of = recording.columns("instance_index", "node")["node"].astype(np.int64)
     served = (table["instance"] >= 0) & (table["status"] == "completed")
     tokens = table["prompt_tokens"] + table["image_tokens"] + OUTPUT_WEIGHT * table["output_tokens"]
-    node = node_of[table["instance"][served]] if len(node_of) else np.zeros(0, np.int64)
-    weight = tokens[served].astype(np.float64)
-    total = np.bincount(node, weight, minlength=len(node_kwh))
-    kwh = weight * (node_kwh / np.maximum(total, 1e-12))[node]
-    all_kwh = max(float(node_kwh.sum()), 1e-12)
-    idle = float(node_kwh[total == 0].sum()) / all_kwh
+    instance, weight = table["instance"][served], tokens[served].astype(np.float64)
+    sums = np.bincount(instance, weight, energy.holds.num_instances)
+    parts = held[:, instances] / np.maximum(sums, 1e-12)
+    mine = parts[:, instance] * weight
+    vms = held[:, energy.holds.num_instances :]
+    customers = [f"vm:customer{k}" for k in energy.holds.customer.tolist()]
     found = {}
-    for column in ("slo_class", "tenant"):
-        names, index = np.unique(table[column][served].astype(str), return_inverse=True)
-        parts = np.bincount(index, kwh, minlength=len(names)) / all_kwh
-        named = dict(zip(names.tolist(), parts.tolist(), strict=True))
-        found["class" if column == "slo_class" else column] = {**named, "(idle)": idle}
+    for column, of_vms in (("slo_class", ["(vms)"] * len(customers)), ("tenant", customers)):
+        names = np.append(table[column][served].astype(str), np.array(of_vms, str))
+        known, index = np.unique(names, return_inverse=True)
+        both = np.append(mine, vms, axis=1)
+        sizes = [np.bincount(index, one, len(known)) for one in both]
+        named = {
+            name: (float(kwh), float(time))
+            for name, kwh, time in zip(known.tolist(), *sizes, strict=True)
+        }
+        idle_kwh, idle_time = (max(0.0, 1.0 - float(size.sum())) for size in sizes)
+        named["(idle)"] = (idle_kwh, idle_time)
+        found["class" if column == "slo_class" else column] = named
     return found
 
 
-def _hourly(grid: str, t_s: Floats, begins_h: float) -> Floats:
-    """Carbon intensity at times of the run; the series repeats."""
-    if not grid:
-        return np.zeros(len(t_s))
-    series = carbon_g_per_kwh(grid)
-    return np.asarray(series[((t_s / 3600 + begins_h) % len(series)).astype(int)])
+def _held_kwh(energy: Energy, node_kwh: Floats) -> Floats:
+    """By holder: its GPUs' energy, with hosts and losses of its node in proportion."""
+    node_j = np.maximum(energy.used_j.sum(axis=0), 1e-12)
+    node = np.maximum(energy.holder_node, 0)  # who held nothing drew nothing
+    return np.asarray(energy.held_j * (node_kwh / node_j)[node])
 
 
-def _priced(prices: Sequence[float], t_s: Floats, begins_h: float) -> Floats:
-    """Price of energy at times of the run: one for all, or one for each hour of the day (UTC)."""
-    series = np.asarray(prices, dtype=np.float64)
-    return np.asarray(series[((t_s / 3600 + begins_h) % len(series)).astype(int)])
+def _at_hours(series: Sequence[float] | Floats, t_s: Floats, begins_h: float) -> Floats:
+    """Values of an hourly series, which repeats, at times of the run."""
+    values = np.asarray(series, dtype=np.float64)
+    return np.asarray(values[((t_s / 3600 + begins_h) % len(values)).astype(int)])

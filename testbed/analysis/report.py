@@ -1,8 +1,8 @@
 """The report of a run: report.html, one page that works offline and is drawn from the recording.
 
 Order of the page: what came out (numbers), whether it may be believed (banner), power against
-budgets, the GPUs, serving, memory, who asked for what, how punctual the testbed was, and what was
-asked and with which versions.
+budgets, the GPUs, serving, energy and its cost, memory, who asked for what, how punctual the
+testbed was, and what was asked and with which versions.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def report_html(recording: Recording) -> str:
         page.figures(figures.serving(run)) + _classes(summary) + _cap_cost(run),
     )
     page.section("instances", "Instances", page.figures(figures.instances(run)))
+    page.section("ledger", "Energy, carbon and cost", _ledger(summary, recording))
     page.section("memory", "Memory", page.figures(figures.tenants(run)))
     made = orders(recording)
     page.section("commands", "Commands", page.figures(commands(run, made)) + _orders(made))
@@ -240,6 +241,68 @@ def _classes(summary: dict[str, Any]) -> str:
     if not rows:
         return ""
     return card(table(head, rows, right=range(1, 10)))
+
+
+_LEDGER = {
+    "energy_kwh": "energy (kWh)",
+    "carbon_kg": "carbon (kg)",
+    "energy_usd": "energy (USD)",
+    "gpu_h": "GPU time (h)",
+    "gpu_usd": "GPU time (USD)",
+}
+
+
+def _ledger(summary: dict[str, Any], recording: Recording) -> str:
+    """What the run drew, emitted and cost, and whose it was."""
+    found = summary["ledger"]
+    tariff = recording.spec.ledger
+    shown = [name for name in _LEDGER if found[name] is not None]
+
+    def line(name: str, part: dict[str, Any], share: str) -> list[str]:
+        return [name, share, *(ledger_number(part[number]) for number in shown)]
+
+    tables = []
+    for of in ("class", "tenant"):
+        parts = sorted(found[f"by_{of}"].items(), key=lambda entry: -entry[1]["share_frac"])
+        rows = [line(name, part, _plain(_percent(part["share_frac"]))) for name, part in parts][
+            :TABLE_ROWS
+        ]
+        head = [of, "share of energy", *(_LEDGER[number] for number in shown)]
+        tables.append(table(head, [*rows, line("all", found, "")], right=range(1, len(head))))
+    facts = [
+        f"GPUs {ledger_number(found['gpu_kwh'])} kWh, hosts {ledger_number(found['host_kwh'])} kWh"
+        + (f", times a PUE of {tariff.pue:g}" if tariff.pue != 1 else ""),
+        f"nodes given back drew {ledger_number(found['released_kwh'])} kWh more"
+        if found["released_kwh"]
+        else "",
+        f"carbon by the hours of {tariff.grid}" if tariff.grid else "no grid named: carbon unknown",
+        f"energy at day-ahead prices of {tariff.price}"
+        if tariff.price
+        else "energy at an assumed price",
+        f"GPU time at {tariff.gpu_usd_per_h:g} USD/h (assumed)",
+        f"the run stands for {found['time_scale']:g} times its length"
+        if found["time_scale"] != 1
+        else "",
+    ]
+    how = "; ".join(fact for fact in facts if fact) + "."
+    rule = (
+        "A GPU's energy is its holder's: a customer's opaque VM, or an instance, whose energy is "
+        "divided among the requests that it served, by tokens."
+    )
+    return card(tag("p", f"{how[0].upper()}{how[1:]} {rule}", "soft") + "".join(tables))
+
+
+def ledger_number(value: float | None) -> str:
+    """An amount of energy, carbon or money.
+
+    >>> ledger_number(12345.6), ledger_number(0.00001234), ledger_number(None), ledger_number(0.0)
+    ('12,346', '0.0000123', '–', '0')
+    """
+    if value is None:
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return np.format_float_positional(value, precision=3, fractional=False, trim="-")
 
 
 def _cap_cost(run: Run) -> str:

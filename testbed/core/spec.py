@@ -232,14 +232,16 @@ class LedgerSpec(_Table, frozen=True):
     """Hour of that series, and of the day, at the run's zero."""
     price_usd_per_kwh: list[NotNegative] = msgspec.field(default_factory=lambda: [0.08])
     """One for all hours, or 24, one for each hour of the day (UTC). Assumed."""
+    price: str = ""
+    """Grid whose hourly day-ahead price we ship (CISO, ERCO), in place of ``price_usd_per_kwh``."""
     gpu_usd_per_h: NotNegative = 12.29
     """List price of a virtual machine with eight H100s in 2024, an eighth of it (assumed)."""
     host_w: NotNegative = 0.0
-    """What a node in use draws beside its GPUs; 0 counts GPUs alone."""
-    plant_hosts: bool = False
+    """What a node in use draws beside its GPUs; 0 counts GPUs alone, or see ``plant_hosts``."""
+    plant_hosts: bool | None = None
     """In place of ``host_w``: nodes draw beside their GPUs what a `[plant]` says (the run's own, or
-    `PlantSpec`'s defaults), CPUs and fans by the load of their GPUs. So do nodes given back.
-    """
+    `PlantSpec`'s defaults), CPUs and fans by the load of their GPUs. So do nodes given back. Not
+    given, it is so in runs with a `[plant]` and no ``host_w``."""
     pue: Annotated[float, Meta(ge=1, le=4)] = 1.0
 
 
@@ -524,6 +526,16 @@ def _check(spec: RunSpec) -> None:
             f"run spec: ledger.price_usd_per_kwh has {len(spec.ledger.price_usd_per_kwh)} values, "
             "must have 1 or 24"
         )
+    if spec.ledger.price and spec.ledger.price_usd_per_kwh != LedgerSpec().price_usd_per_kwh:
+        raise SpecError(
+            f"run spec: ledger.price = {spec.ledger.price!r} and ledger.price_usd_per_kwh = "
+            f"{spec.ledger.price_usd_per_kwh}: give one of them"
+        )
+    if spec.ledger.host_w and spec.ledger.plant_hosts:
+        raise SpecError(
+            f"run spec: ledger.host_w = {spec.ledger.host_w:g} and ledger.plant_hosts = true: give "
+            "one of them"
+        )
     for field in ("segments", "checkpoint_s"):
         if getattr(spec.record, field) and spec.mode != "virtual":
             raise SpecError(f"run spec: record.{field}: only for virtual runs, not {spec.mode}")
@@ -600,4 +612,6 @@ def _floats(table: msgspec.Struct, path: str = "") -> list[tuple[str, float]]:
             for index, entry in enumerate(value):
                 if isinstance(entry, msgspec.Struct):
                     found.extend(_floats(entry, f"{path}{name}.{index}."))
+                elif isinstance(entry, float):
+                    found.append((f"{path}{name}.{index}", entry))
     return found

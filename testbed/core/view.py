@@ -419,7 +419,12 @@ Command = (
 
 
 class Controller(Protocol):
-    """A policy that acts every ``period_s``: from what is known to what is asked."""
+    """A policy that acts every ``period_s``: from what is known to what is asked.
+
+    It may also have ``needs``, names of tables without which it can do nothing (``("plant",)``): a
+    run file without them is refused; and ``remarks``, sentences on what it will not do as it was
+    configured: they become warnings in the run's events.
+    """
 
     period_s: float
 

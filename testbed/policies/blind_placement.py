@@ -22,6 +22,8 @@ from testbed.policies import Command, PlaceVm, View
 class BlindPlacement:
     """Spreads VMs over rows by count and over a row at random."""
 
+    needs = ("plant",)
+
     def __init__(self, *, seed: int = 1, period_s: float = 1.0) -> None:
         self.period_s = period_s
         self._random = np.random.default_rng([seed, 43])

@@ -32,6 +32,8 @@ _PARTS: dict[str, tuple[type[Any], str]] = {
     "ups": (UpsColumns, "ups"),
     "vms": (VmColumns, "vm"),
 }
+OWNERS = ("gpu_vm", "vms.customer")
+"""Quantities that say which opaque VM holds a GPU, and whose it is."""
 _KINDS = {"Floats": np.float64, "Ints": np.int64, "Bools": np.bool_}
 
 

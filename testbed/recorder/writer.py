@@ -37,7 +37,6 @@ from testbed.core.spec import RunSpec
 from testbed.core.view import (
     PRECISIONS,
     Command,
-    Facility,
     Floats,
     GpuColumns,
     InstanceColumns,
@@ -45,7 +44,7 @@ from testbed.core.view import (
     TenantColumns,
     View,
 )
-from testbed.recorder.facility import facility_columns
+from testbed.recorder.facility import OWNERS, facility_columns
 from testbed.recorder.tables import (
     FORMAT,
     NUMPY_TYPE,
@@ -467,23 +466,27 @@ class Recorder:
     # Control.
 
     def view(self, step: int, view: View, breathe: Callable[[], None] = lambda: None) -> None:
-        """What the policies are shown at a control tick. A no-op unless ``record.views``.
+        """What the policies are shown at a control tick, if ``record.views``.
 
-        ``breathe`` is called now and then, since a large fleet takes tens of milliseconds.
+        Else no more than whose GPUs are, which the ledger needs. ``breathe`` is called now and
+        then, since a large fleet takes tens of milliseconds.
         """
-        if not self.spec.record.views:
-            return
         now_s = view.now_s
+        if not self.spec.record.views:
+            if view.facility is not None and view.facility.vms.name:
+                columns = facility_columns(view.facility)
+                self._facility(step, now_s, {name: columns[name] for name in OWNERS})
+            return
         count = len(view.rows.name)
         self.tables["view_rows"].append(count, step, now_s, range(count), view.rows.budget_w)
         self._view("view_gpus", step, now_s, view.gpus, _VIEW_GPUS, breathe)
         self._view("view_instances", step, now_s, view.instances, _VIEW_INSTANCES, breathe)
         self._view("view_tenants", step, now_s, view.tenants, _VIEW_TENANTS, breathe)
         if view.facility is not None:
-            self._facility(step, now_s, view.facility)
+            self._facility(step, now_s, facility_columns(view.facility))
 
-    def _facility(self, step: int, now_s: float, facility: Facility) -> None:
-        for quantity, values in facility_columns(facility).items():
+    def _facility(self, step: int, now_s: float, columns: dict[str, Floats]) -> None:
+        for quantity, values in columns.items():
             before = self._facility_seen.get(quantity)
             places = np.arange(len(values)) if before is None else np.flatnonzero(values != before)
             if len(places):

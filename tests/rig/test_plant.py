@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from testbed import rig
-from testbed.core.errors import PolicyError
+from testbed.core.errors import PolicyError, SpecError
 from testbed.core.spec import parse_spec
 from testbed.policies.load import load_controller
 from testbed.recorder.reader import Recording
@@ -92,6 +92,26 @@ def facility(folder, quantity):
 def test_one_seed_writes_the_same_bytes(tmp_path):
     first, again = run(tmp_path), run(tmp_path)
     assert table_hashes(first) == table_hashes(again)
+
+
+@pytest.mark.parametrize("policy", ["tapas", "blind_placement"])
+def test_a_policy_for_a_plant_is_refused_without_one(tmp_path, policy):
+    text = f'[[policy]]\nuse = "{policy}"\n'
+    with pytest.raises(SpecError, match=rf"'{policy}': does nothing without a plant"):
+        rig.run(parse_spec(text), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tapas_says_that_it_configures_nothing_without_profiles(tmp_path):
+    def warnings(params: str) -> list[str]:
+        policy = f'policy=[{{use="tapas",params={{{params}}}}}]'
+        events = Recording.open(run(tmp_path, policy)).columns("events")
+        mine = (events["source"] == "tapas") & (events["level"] == "warning")
+        return [str(text) for text in events["text"][mine]]
+
+    [text] = warnings("")
+    assert "without profiles" in text
+    assert warnings("configure=false") == []
 
 
 def test_replay_reproduces_every_command(tmp_path):

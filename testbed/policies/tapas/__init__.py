@@ -54,6 +54,8 @@ class Tapas:
         period_s: how often clocks and batches may move.
     """
 
+    needs = ("plant",)
+
     def __init__(
         self,
         *,
@@ -88,6 +90,13 @@ class Tapas:
         )
         self._models: Predictors | None = None
         self._observed_s = -np.inf
+
+    @property
+    def remarks(self) -> list[str]:
+        """What it will not do."""
+        if not self.configure or len(self._configurator.profiles.tp):
+            return []
+        return ["configure = true without profiles: instances are left as they are"]
 
     def step(self, view: View) -> list[Command]:
         """Learn from the view, place what waits, configure what serves."""
