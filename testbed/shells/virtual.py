@@ -86,6 +86,7 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
         run_id=parts.folder.name,
         beat_period_s=math.inf,
         submit=path.submit if path else None,
+        surround=path.surround if path else None,
     )
     nodes: list[NodeSchedule] = []
     guards: list[CapGuard] = []

@@ -94,6 +94,12 @@ def test_one_seed_writes_the_same_bytes(tmp_path):
     assert table_hashes(first) == table_hashes(again)
 
 
+def test_a_building_needs_no_vms(tmp_path):
+    folder = run(tmp_path, "vms.count=0", 'policy=[{use="uniform_cap"}]')
+    assert facility(folder, "servers.inlet_c").min() > 18.0
+    assert events(folder, "dark") == []
+
+
 def test_replay_reproduces_every_command(tmp_path):
     cap = '{use="uniform_cap",params={trip=0.5,release=0.4},precedence="safety"}'
     folder = run(tmp_path, f'policy=[{{use="tapas"}},{cap},{{use="priority_cap"}}]')
