@@ -23,8 +23,15 @@ import numpy as np
 
 from emulators.compiled import cache_folder
 from testbed import rig
-from testbed.bench import PER_INSTANCE_RPS, bench_requests
-from testbed.core.errors import TestbedError
+from testbed.bench import (
+    INSTANCES_MAX,
+    PER_INSTANCE_RPS,
+    REQUESTS_MAX,
+    bench_requests,
+    check_count,
+    check_rate,
+)
+from testbed.core.errors import SpecError, TestbedError
 from testbed.core.spec import RunSpec, parse_spec
 
 Row = dict[str, Any]
@@ -33,6 +40,8 @@ Say = Callable[[str], None]
 SIZES = (1, 8, 100, 1_000, 10_000)
 FLEET_RPS = 8_000.0
 """Arrivals at 10,000 instances: what must be served faster than real time."""
+SCALE_MIN, SCALE_MAX = 0.01, 100.0
+"""Less than a hundredth would measure nothing but the start of a process."""
 PEER = "ai-dynamo==1.3.1"
 
 PUBLISHED = [
@@ -80,7 +89,11 @@ def bench_sizes(say: Say, *, scale: float = 1.0) -> list[Row]:
     Args:
         say: told a line as each is done.
         scale: multiplies the numbers of requests.
+
+    Raises:
+        SpecError: the scale makes no sense.
     """
+    _check_scale(scale)
     rows = []
     for instances in SIZES:
         rate_rps = PER_INSTANCE_RPS * instances if instances < 10_000 else FLEET_RPS
@@ -100,6 +113,11 @@ def bench_sizes(say: Say, *, scale: float = 1.0) -> list[Row]:
         rows.append({"what": "whole run", "physics": True, **row})
         say(_line(rows[-1]))
     return rows
+
+
+def _check_scale(scale: float) -> None:
+    if not SCALE_MIN <= scale <= SCALE_MAX:
+        raise SpecError(f"bench: scale = {scale:g} must be {SCALE_MIN:g} to {SCALE_MAX:g}")
 
 
 def _line(row: Row) -> str:
@@ -156,6 +174,40 @@ def whole_run(
     }
 
 
+def bench_large(
+    say: Say, *, instances: int = 1_000, requests: int = 10_000_000, every: int = 1
+) -> Row:
+    """One long whole run, as `bench_sizes` has them, at 3 requests/s for each instance.
+
+    GPUs and instances are recorded once a minute, as there.
+
+    Args:
+        say: told what came out.
+        instances: how many, of one GPU each.
+        requests: how many in expectation; arrivals are Poisson.
+        every: of how many requests one is recorded; 1 records all.
+
+    Raises:
+        SpecError: the numbers make no sense.
+    """
+    check_count("instances", instances, INSTANCES_MAX)
+    check_count("requests", requests, REQUESTS_MAX)
+    check_count("every", every, REQUESTS_MAX)
+    row = alone(
+        "bench_scale.whole_run",
+        instances=instances,
+        requests=requests,
+        rate_rps=PER_INSTANCE_RPS * instances,
+        overrides=[f"record.requests_every={every}"],
+    )
+    row = {"requests_every": every, "us_per_request": 1e6 * row["cpu_s"] / row["requests"], **row}
+    say(
+        f"{row['requests']:,} requests on {instances:,} instances: {row['cpu_s']:,.0f} s of CPU, "
+        f"{row['us_per_request']:.1f} us each, {row['peak_rss_mib']:,.0f} MiB at most"
+    )
+    return row
+
+
 # (b) The same workload on a peer.
 
 
@@ -167,8 +219,12 @@ def bench_dynamo(instances: int, count: int, say: Say, *, rate_rps: float = 0.0)
     start-up is not counted, ours neither.
 
     Raises:
+        SpecError: the numbers make no sense.
         TestbedError: the peer cannot be installed or fails.
     """
+    check_count("instances", instances, INSTANCES_MAX)
+    check_count("requests", count, REQUESTS_MAX)
+    check_rate(rate_rps)
     python = peer_python(say)
     with tempfile.TemporaryDirectory() as folder:
         table, trace = Path(folder, "requests.csv"), Path(folder, "trace.jsonl")
@@ -303,7 +359,11 @@ def bench_growth(say: Say, *, scale: float = 1.0) -> list[Row]:
     GPUs: the same requests on more and more of them. Requests: more and more on the same GPUs in
     the same time. Run length: the same rate for longer. An exponent of 1 is proportional, of 0
     free; it is the slope of a straight line through the logarithms.
+
+    Raises:
+        SpecError: the scale makes no sense.
     """
+    _check_scale(scale)
     base = round(20_000 * scale)
     series: list[tuple[str, list[tuple[float, Row]]]] = []
 
