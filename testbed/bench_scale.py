@@ -40,6 +40,9 @@ Say = Callable[[str], None]
 SIZES = (1, 8, 100, 1_000, 10_000)
 FLEET_RPS = 8_000.0
 """Arrivals at 10,000 instances: what must be served faster than real time."""
+FULL = ("record.gpu_period_s=0", "record.instance_period_s=0", "record.itl_period_s=0")
+"""Every sample is recorded."""
+THIN_EVERY = 100
 SCALE_MIN, SCALE_MAX = 0.01, 100.0
 """Less than a hundredth would measure nothing but the start of a process."""
 PEER = "ai-dynamo==1.3.1"
@@ -175,32 +178,31 @@ def whole_run(
 
 
 def bench_large(
-    say: Say, *, instances: int = 1_000, requests: int = 10_000_000, every: int = 1
+    say: Say, *, instances: int = 1_000, requests: int = 10_000_000, thin: bool = False
 ) -> Row:
     """One long whole run, as `bench_sizes` has them, at 3 requests/s for each instance.
 
-    GPUs and instances are recorded once a minute, as there.
+    Every request is recorded, and every sample (one a second) of GPUs and instances.
 
     Args:
         say: told what came out.
         instances: how many, of one GPU each.
         requests: how many in expectation; arrivals are Poisson.
-        every: of how many requests one is recorded; 1 records all.
+        thin: record one of `THIN_EVERY` requests instead, and GPUs and instances once a minute.
 
     Raises:
         SpecError: the numbers make no sense.
     """
     check_count("instances", instances, INSTANCES_MAX)
     check_count("requests", requests, REQUESTS_MAX)
-    check_count("every", every, REQUESTS_MAX)
     row = alone(
         "bench_scale.whole_run",
         instances=instances,
         requests=requests,
         rate_rps=PER_INSTANCE_RPS * instances,
-        overrides=[f"record.requests_every={every}"],
+        overrides=[f"record.requests_every={THIN_EVERY}"] if thin else FULL,
     )
-    row = {"requests_every": every, "us_per_request": 1e6 * row["cpu_s"] / row["requests"], **row}
+    row = {"thin": thin, "us_per_request": 1e6 * row["cpu_s"] / row["requests"], **row}
     say(
         f"{row['requests']:,} requests on {instances:,} instances: {row['cpu_s']:,.0f} s of CPU, "
         f"{row['us_per_request']:.1f} us each, {row['peak_rss_mib']:,.0f} MiB at most"
@@ -318,10 +320,7 @@ def bench_recorder(say: Say, *, instances: int = 64, duration_s: float = 60.0) -
     """A whole run with every table in full, against one that keeps next to nothing."""
     rate_rps = PER_INSTANCE_RPS * instances
     count = round(rate_rps * duration_s)
-    full = (
-        "control.sample_period_s=0.1", "record.gpu_period_s=0", "record.instance_period_s=0",
-        "record.itl_period_s=0", "record.views=true",
-    )  # fmt: skip
+    full = ("control.sample_period_s=0.1", *FULL, "record.views=true")
     little = (
         "control.sample_period_s=0.1", "record.gpu_period_s=1e6", "record.instance_period_s=1e6",
         "record.itl_period_s=1e6", "record.requests_every=1000000",

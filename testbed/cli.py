@@ -823,13 +823,13 @@ def bench_sizes_command(scale: float, as_json: bool) -> None:
 @bench.command("large")
 @click.option("--instances", default=1_000, show_default=True)
 @click.option("--requests", default=10_000_000, show_default=True)
-@click.option("--every", default=1, show_default=True,
-              help="Record one of so many requests, and counts of all.")  # fmt: skip
+@click.option("--thin", is_flag=True,
+              help="Record one in a hundred requests, and GPUs once a minute.")  # fmt: skip
 @_JSON
-def bench_large_command(instances: int, requests: int, every: int, as_json: bool) -> None:
+def bench_large_command(instances: int, requests: int, thin: bool, as_json: bool) -> None:
     """One whole run of many requests: processor time of each, and peak memory."""
     _compile_first()
-    row = bench_scale.bench_large(_say, instances=instances, requests=requests, every=every)
+    row = bench_scale.bench_large(_say, instances=instances, requests=requests, thin=thin)
     if as_json:
         _print_json(row)
 

@@ -80,7 +80,7 @@ def test_a_broken_file_is_refused_with_its_row(tmp_path, text, what):
         (("dynamo", "--instances", 0), "instances = 0 must be 1 to"),
         (("dynamo", "--rate", -1), "rate = -1 must be"),
         (("large", "--requests", 0), "requests = 0 must be 1 to"),
-        (("large", "--every", 0), "every = 0 must be 1 to"),
+        (("large", "--instances", 0), "instances = 0 must be 1 to"),
         (("lateness", "--instances", 50, "--instances", 70), "instances = 70 must be a multiple"),
     ],
 )
@@ -97,9 +97,10 @@ def test_numbers_that_make_no_sense_are_refused_at_once(monkeypatch, arguments, 
     assert f"bench: {what}" in done.output
 
 
-def test_a_large_run_says_what_each_request_cost(tmp_path):
+@pytest.mark.parametrize("thin", [True, False])
+def test_a_large_run_says_what_each_request_cost(thin):
     said: list[str] = []
-    row = bench_scale.bench_large(said.append, instances=8, requests=240, every=20)
+    row = bench_scale.bench_large(said.append, instances=8, requests=240, thin=thin)
     assert row["requests"] == pytest.approx(240, abs=60)
     assert row["us_per_request"] == pytest.approx(1e6 * row["cpu_s"] / row["requests"])
     assert len(said) == 1
