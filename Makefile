@@ -31,11 +31,17 @@ check: $(VENV)/.ready
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m 'not live and not real_memory'
 
-## make bench               speed: sizes, NVIDIA Dynamo's replay beside ours, recorder, growth
+## make bench               speed: sizes, NVIDIA Dynamo's replay beside ours, a live coordinator's intake
+##                          and round trips, lateness, recorder, growth; DYNAMO_REQUESTS=200000 takes long
+DYNAMO_REQUESTS ?= 20000
 bench: $(VENV)/.ready
 	$(BIN)/testbed bench sizes --scale 0.3
 	$(BIN)/testbed bench dynamo
-	$(BIN)/testbed bench dynamo --instances 1000 --requests 20000 --rate 6450
+	$(BIN)/testbed bench dynamo --instances 1000 --requests $(DYNAMO_REQUESTS) --rate 6450
+	$(BIN)/testbed bench intake --nodes 2000 --connections 16 --seconds 5
+	$(BIN)/testbed bench roundtrip --seconds 5
+	$(BIN)/testbed bench lateness --instances 50 --instances 100 --instances 200 --instances 400 \
+		--seconds 5
 	$(BIN)/testbed bench recorder
 	@mkdir -p runs
 	$(BIN)/testbed bench growth --figure runs/growth.svg

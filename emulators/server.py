@@ -45,7 +45,7 @@ from testbed.core.messages import (
     Surroundings,
     TuneKind,
 )
-from testbed.core.view import Floats
+from testbed.core.view import Bools, Floats, Ints
 
 
 class GivenUp(NamedTuple):
@@ -638,13 +638,24 @@ class ServerBank:
 
     def surround(self, node: int, around: Surroundings) -> None:
         """What the building does to a node from now on."""
+        inlet_c, dark = np.array([around.inlet_c]), np.array([around.dark])
+        self.surround_nodes(np.array([node]), inlet_c, dark, np.array([around.load_frac]))
+
+    def surround_nodes(self, nodes: Ints, inlet_c: Floats, dark: Bools, load_frac: Floats) -> None:
+        """As `surround`, for many at once.
+
+        Args:
+            nodes: which.
+            inlet_c: air at the inlet of each.
+            dark: which of them are without power.
+            load_frac: a row for each, of what opaque VMs ask of each of its GPUs.
+        """
         per_node = self.bank.count // len(self.serving)
-        gpus = range(node * per_node, (node + 1) * per_node)
-        self.bank.inlet_c[gpus.start : gpus.stop] = around.inlet_c
-        self._opaque_frac[gpus.start : gpus.stop] = around.load_frac
+        self.bank.inlet_c.reshape(-1, per_node)[nodes] = inlet_c[:, None]
+        self._opaque_frac.reshape(-1, per_node)[nodes] = load_frac
         self._has_opaque = bool(self._opaque_frac.any())
-        if around.dark:
-            for gpu in gpus:
+        for node in nodes[dark].tolist():
+            for gpu in range(node * per_node, (node + 1) * per_node):
                 if not self.bank.state.measured["lost"][gpu]:
                     self.bank.lose(gpu)
 

@@ -24,9 +24,34 @@ from testbed.core.errors import SpecError
 from testbed.core.messages import EngineConfig, InstanceConfig, Request
 from testbed.core.spec import ClassSpec, WorkloadSpec
 from testbed.workloads import open_workload
+from testbed.workloads.table import last_arrival_s
 
 PER_INSTANCE_RPS = 3.0
 """Arrival rate per instance: 24 requests/s on 8 instances, as peers were measured."""
+
+
+INSTANCES_MAX = 1_000_000
+REQUESTS_MAX = 10**9
+
+
+def check_count(field: str, value: int, most: int) -> None:
+    """Refuse a number of things that is not 1 to ``most``.
+
+    Raises:
+        SpecError: names the field, its value and the range.
+    """
+    if not 1 <= value <= most:
+        raise SpecError(f"bench: {field} = {value} must be 1 to {most}")
+
+
+def check_rate(rate_rps: float) -> None:
+    """Refuse a rate that is neither a positive number nor 0, which stands for the usual one.
+
+    Raises:
+        SpecError: says so.
+    """
+    if not 0 <= rate_rps < math.inf:
+        raise SpecError(f"bench: rate = {rate_rps:g} must be a positive number, or 0")
 
 
 @dataclass(slots=True)
@@ -81,7 +106,8 @@ def measure_engine(
 
     Args:
         instances: how many.
-        requests: a number of requests, or a CSV file of arrival_s, prompt_tokens, output_tokens.
+        requests: a number of requests, or a CSV file as source ``csv`` reads it
+            (`testbed.workloads.table`).
         physics: advance power, heat and clocks every ``tick_s``.
         rate_rps: arrivals of all instances together, where a number is given; 0 for
             `PER_INSTANCE_RPS` each.
@@ -93,10 +119,9 @@ def measure_engine(
         SpecError: the numbers make no sense.
         TraceError: the file cannot be read.
     """
-    if instances < 1:
-        raise SpecError(f"bench: instances = {instances} must be at least 1")
-    if not 0 <= rate_rps < math.inf:
-        raise SpecError(f"bench: rate = {rate_rps} must be a positive number, or 0")
+    check_count("instances", instances, INSTANCES_MAX)
+    check_rate(rate_rps)
+    stream = bench_requests(requests, instances, rate_rps)
     bank = GpuBank(load_gpu(gpu), GpuState.create(instances))
     servers = ServerBank(bank, num_nodes=1)
     serving = servers.serving[0]
@@ -108,7 +133,6 @@ def measure_engine(
         ],
         0.0,
     )
-    stream = bench_requests(requests, instances, rate_rps)
     tally = _Tally()
     begun, cpu_s = time.perf_counter(), time.process_time()
     with rare_collections():
@@ -132,24 +156,24 @@ def bench_requests(requests: str, instances: int, rate_rps: float = 0.0) -> Iter
     """The workload that ``--requests`` names.
 
     Raises:
-        SpecError: it is neither a number nor a file.
+        SpecError: it is neither a number nor a file, or the number is out of range.
+        TraceError: the file cannot be read, or a row is broken.
     """
     classes = [ClassSpec()]
-    if not requests.isdigit():
+    try:
+        count = int(requests)
+    except ValueError:
         if not Path(requests).is_file():
-            raise SpecError(f"bench: requests = {requests!r} is neither a number nor a file")
+            raise SpecError(
+                f"bench: requests = {requests!r} is neither a number nor a file"
+            ) from None
         spec = WorkloadSpec(source="csv", trace=requests)
-        seen = _last_arrival_s(Path(requests))
-        return open_workload(spec, classes, 1, seen + 1e-6)
+        # To its last row and no further: it would start again.
+        return open_workload(spec, classes, 1, math.nextafter(last_arrival_s(requests), math.inf))
+    check_count("requests", count, REQUESTS_MAX)
     rate_rps = rate_rps or PER_INSTANCE_RPS * instances
     spec = WorkloadSpec(source="poisson", rate_rps=rate_rps, max_prompt_tokens=4096)
-    return _first(open_workload(spec, classes, 1, 1e9), int(requests))
-
-
-def _last_arrival_s(path: Path) -> float:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    place = lines[0].split(",").index("arrival_s") if lines else 0
-    return max((float(line.split(",")[place]) for line in lines[1:] if line), default=0.0)
+    return _first(open_workload(spec, classes, 1, 1e9), count)
 
 
 def _first(stream: Iterator[Request], count: int) -> Iterator[Request]:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -255,21 +255,7 @@ def bench_lateness(
     Raises:
         SpecError: the numbers make no sense.
     """
-    if not 1 <= per_node <= 64:
-        raise SpecError(f"bench: per_node = {per_node} must be 1 to 64")
-    if not 1 <= instances <= 1000 or instances % per_node:
-        raise SpecError(
-            f"bench: instances = {instances} must be a multiple of per_node = {per_node} up to 1000"
-        )
-    if not 1 <= per_process <= instances // per_node or instances // per_node % per_process:
-        raise SpecError(
-            f"bench: per_process = {per_process} must divide the {instances // per_node} nodes"
-        )
-    if not 0.0 < rate_rps <= 100.0 or not 1.0 <= seconds <= _LIFE_MAX_S:
-        raise SpecError(
-            f"bench: rate_rps = {rate_rps:g} must be in (0, 100], seconds = {seconds:g} from 1 to "
-            f"{_LIFE_MAX_S:g}"
-        )
+    _check_lateness(instances, per_node, per_process, rate_rps, seconds)
     spec = parse_spec(
         f"""
 name = "lateness"
@@ -333,6 +319,60 @@ max_prompt_tokens = 4096
             "late_max_s": max(row["late_max_s"] for row in nodes),
             "load_before": load,
         }
+
+
+def _check_lateness(
+    instances: int, per_node: int, per_process: int, rate_rps: float, seconds: float
+) -> None:
+    if not 1 <= per_node <= 64:
+        raise SpecError(f"bench: per_node = {per_node} must be 1 to 64")
+    if not 1 <= instances <= 1000 or instances % per_node:
+        raise SpecError(
+            f"bench: instances = {instances} must be a multiple of per_node = {per_node} up to 1000"
+        )
+    if not 1 <= per_process <= instances // per_node or instances // per_node % per_process:
+        raise SpecError(
+            f"bench: per_process = {per_process} must divide the {instances // per_node} nodes"
+        )
+    if not 0.0 < rate_rps <= 100.0 or not 1.0 <= seconds <= _LIFE_MAX_S:
+        raise SpecError(
+            f"bench: rate_rps = {rate_rps:g} must be in (0, 100], seconds = {seconds:g} from 1 to "
+            f"{_LIFE_MAX_S:g}"
+        )
+
+
+def bench_lateness_series(
+    instances: Sequence[int],
+    *,
+    per_node: int = 50,
+    rate_rps: float = 3.0,
+    seconds: float = 10.0,
+    collapse: bool = True,
+    realtime: bool = False,
+    per_process: int = 4,
+) -> list[dict[str, Any]]:
+    """`bench_lateness` at several numbers of instances, which are all checked first.
+
+    Nodes share a process, ``per_process`` of them or as many as there are.
+
+    Raises:
+        SpecError: the numbers make no sense.
+    """
+    sharing = [min(per_process, count // max(1, per_node)) for count in instances]
+    for count, share in zip(instances, sharing, strict=True):
+        _check_lateness(count, per_node, share, rate_rps, seconds)
+    return [
+        bench_lateness(
+            count,
+            per_node=per_node,
+            rate_rps=rate_rps,
+            seconds=seconds,
+            collapse=collapse,
+            realtime=realtime,
+            per_process=share,
+        )
+        for count, share in zip(instances, sharing, strict=True)
+    ]
 
 
 def _keys(folder: Path) -> tuple[Path, Path, Path]:

@@ -25,8 +25,15 @@ from emulators.compiled import cache_folder
 from testbed import rig
 from testbed.analysis.drawing import BLUE, GREY, Figure
 from testbed.analysis.pictures import save
-from testbed.bench import PER_INSTANCE_RPS, bench_requests
-from testbed.core.errors import TestbedError
+from testbed.bench import (
+    INSTANCES_MAX,
+    PER_INSTANCE_RPS,
+    REQUESTS_MAX,
+    bench_requests,
+    check_count,
+    check_rate,
+)
+from testbed.core.errors import SpecError, TestbedError
 from testbed.core.spec import RunSpec, parse_spec
 
 Row = dict[str, Any]
@@ -35,6 +42,11 @@ Say = Callable[[str], None]
 SIZES = (1, 8, 100, 1_000, 10_000)
 FLEET_RPS = 8_000.0
 """Arrivals at 10,000 instances: what must be served faster than real time."""
+FULL = ("record.gpu_period_s=0", "record.instance_period_s=0", "record.itl_period_s=0")
+"""Every sample is recorded."""
+THIN_EVERY = 100
+SCALE_MIN, SCALE_MAX = 0.01, 100.0
+"""Less than a hundredth would measure nothing but the start of a process."""
 PEER = "ai-dynamo==1.3.1"
 
 PUBLISHED = [
@@ -82,7 +94,11 @@ def bench_sizes(say: Say, *, scale: float = 1.0) -> list[Row]:
     Args:
         say: told a line as each is done.
         scale: multiplies the numbers of requests.
+
+    Raises:
+        SpecError: the scale makes no sense.
     """
+    _check_scale(scale)
     rows = []
     for instances in SIZES:
         rate_rps = PER_INSTANCE_RPS * instances if instances < 10_000 else FLEET_RPS
@@ -102,6 +118,11 @@ def bench_sizes(say: Say, *, scale: float = 1.0) -> list[Row]:
         rows.append({"what": "whole run", "physics": True, **row})
         say(_line(rows[-1]))
     return rows
+
+
+def _check_scale(scale: float) -> None:
+    if not SCALE_MIN <= scale <= SCALE_MAX:
+        raise SpecError(f"bench: scale = {scale:g} must be {SCALE_MIN:g} to {SCALE_MAX:g}")
 
 
 def _line(row: Row) -> str:
@@ -158,6 +179,39 @@ def whole_run(
     }
 
 
+def bench_large(
+    say: Say, *, instances: int = 1_000, requests: int = 10_000_000, thin: bool = False
+) -> Row:
+    """One long whole run, as `bench_sizes` has them, at 3 requests/s for each instance.
+
+    Every request is recorded, and every sample (one a second) of GPUs and instances.
+
+    Args:
+        say: told what came out.
+        instances: how many, of one GPU each.
+        requests: how many in expectation; arrivals are Poisson.
+        thin: record one of `THIN_EVERY` requests instead, and GPUs and instances once a minute.
+
+    Raises:
+        SpecError: the numbers make no sense.
+    """
+    check_count("instances", instances, INSTANCES_MAX)
+    check_count("requests", requests, REQUESTS_MAX)
+    row = alone(
+        "bench_scale.whole_run",
+        instances=instances,
+        requests=requests,
+        rate_rps=PER_INSTANCE_RPS * instances,
+        overrides=[f"record.requests_every={THIN_EVERY}"] if thin else FULL,
+    )
+    row = {"thin": thin, "us_per_request": 1e6 * row["cpu_s"] / row["requests"], **row}
+    say(
+        f"{row['requests']:,} requests on {instances:,} instances: {row['cpu_s']:,.0f} s of CPU, "
+        f"{row['us_per_request']:.1f} us each, {row['peak_rss_mib']:,.0f} MiB at most"
+    )
+    return row
+
+
 # (b) The same workload on a peer.
 
 
@@ -169,8 +223,12 @@ def bench_dynamo(instances: int, count: int, say: Say, *, rate_rps: float = 0.0)
     start-up is not counted, ours neither.
 
     Raises:
+        SpecError: the numbers make no sense.
         TestbedError: the peer cannot be installed or fails.
     """
+    check_count("instances", instances, INSTANCES_MAX)
+    check_count("requests", count, REQUESTS_MAX)
+    check_rate(rate_rps)
     python = peer_python(say)
     with tempfile.TemporaryDirectory() as folder:
         table, trace = Path(folder, "requests.csv"), Path(folder, "trace.jsonl")
@@ -264,10 +322,7 @@ def bench_recorder(say: Say, *, instances: int = 64, duration_s: float = 60.0) -
     """A whole run with every table in full, against one that keeps next to nothing."""
     rate_rps = PER_INSTANCE_RPS * instances
     count = round(rate_rps * duration_s)
-    full = (
-        "control.sample_period_s=0.1", "record.gpu_period_s=0", "record.instance_period_s=0",
-        "record.itl_period_s=0", "record.views=true",
-    )  # fmt: skip
+    full = ("control.sample_period_s=0.1", *FULL, "record.views=true")
     little = (
         "control.sample_period_s=0.1", "record.gpu_period_s=1e6", "record.instance_period_s=1e6",
         "record.itl_period_s=1e6", "record.requests_every=1000000",
@@ -305,7 +360,11 @@ def bench_growth(say: Say, *, scale: float = 1.0) -> list[Row]:
     GPUs: the same requests on more and more of them. Requests: more and more on the same GPUs in
     the same time. Run length: the same rate for longer. An exponent of 1 is proportional, of 0
     free; it is the slope of a straight line through the logarithms.
+
+    Raises:
+        SpecError: the scale makes no sense.
     """
+    _check_scale(scale)
     base = round(20_000 * scale)
     series: list[tuple[str, list[tuple[float, Row]]]] = []
 

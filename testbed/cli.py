@@ -7,6 +7,7 @@ stdout carries one JSON object and nothing else.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ from testbed.analysis.fidelity import compare as compare_with_measured
 from testbed.analysis.fidelity_figures import write_page, write_svg
 from testbed.analysis.report import ledger_number, write_report
 from testbed.bench import bench_engine
-from testbed.bench_live import bench_intake, bench_lateness
+from testbed.bench_live import bench_intake, bench_lateness, bench_lateness_series
 from testbed.bench_timing import bench_evaluation
 from testbed.calibrate import calibrate, load_profile, validate, write_profile
 from testbed.core.errors import DeviceError, SpecError, TestbedError
@@ -232,14 +233,12 @@ class _Progress:
         if status.nodes < status.num_nodes and status.now_s == 0.0:
             text = f"waiting for nodes: {status.nodes} of {status.num_nodes} said hello"
         else:
-            left_s = 0.0
-            if status.now_s > 0:
-                left_s = max(0.0, status.duration_s - status.now_s) / status.now_s * status.wall_s
+            left = "" if math.isnan(status.left_s) else f"about {status.left_s:.0f} s left"
             text = (
                 f"{status.now_s:7.1f} of {status.duration_s:.0f} s  "
                 f"{status.ended}/{status.arrived} requests ended  "
                 f"{status.power_w / 1000:.2f} kW  {status.nodes}/{status.num_nodes} nodes  "
-                f"about {left_s:.0f} s left"
+                f"{left}"
             )
         if self._tty:
             click.echo(f"\r\x1b[2K{text}", nl=False, err=True)
@@ -794,7 +793,8 @@ def bench_roundtrip_command(nodes: int, seconds: float, as_json: bool) -> None:
 
 
 @bench.command("lateness")
-@click.option("--instances", default=200, show_default=True, help="On one core.")
+@click.option("--instances", default=[200], multiple=True, show_default=True,
+              help="On one core; several for one after the other.")  # fmt: skip
 @click.option("--per-node", default=50, show_default=True, help="Of one node.")
 @click.option("--per-process", default=4, show_default=True, help="Nodes that share a process.")
 @click.option("--rate-rps", default=3.0, show_default=True, help="Requests/s of an instance.")
@@ -803,10 +803,26 @@ def bench_roundtrip_command(nodes: int, seconds: float, as_json: bool) -> None:
               help="Wake for every iteration, or once per run of alike ones.")  # fmt: skip
 @click.option("--realtime", is_flag=True, help="Real-time priority.")
 @_JSON
-def bench_lateness_command(as_json: bool, **options: Any) -> None:
-    """How late emulated iterations are acted on by nodes that share a core."""
+def bench_lateness_command(as_json: bool, instances: tuple[int, ...], **options: Any) -> None:
+    """How late emulated iterations are acted on by nodes that share a core.
+
+    With one number of instances everything that was measured; with several a line for each.
+    """
     _compile_first()
-    _print_bench(bench_lateness(**options), as_json)
+    if len(instances) == 1:
+        _print_bench(bench_lateness(instances[0], **options), as_json)
+        return
+    rows = bench_lateness_series(instances, **options)
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(title="lateness of the ends of iterations, ms")
+    for head in ("instances on the core", "iterations", "p50", "p99", "largest"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        late = (f"{1000 * row[f'iterations_late_{k}_s']:.3f}" for k in ("p50", "p99", "max"))
+        table.add_row(str(row["instances"]), f"{row['iterations']:,}", *late)
+    _OUT.print(table)
 
 
 def _print_bench(result: dict[str, Any], as_json: bool) -> None:
@@ -832,9 +848,24 @@ def bench_sizes_command(scale: float, as_json: bool) -> None:
         _print_json(rows)
 
 
+@bench.command("large")
+@click.option("--instances", default=1_000, show_default=True)
+@click.option("--requests", default=10_000_000, show_default=True)
+@click.option("--thin", is_flag=True,
+              help="Record one in a hundred requests, and GPUs once a minute.")  # fmt: skip
+@_JSON
+def bench_large_command(instances: int, requests: int, thin: bool, as_json: bool) -> None:
+    """One whole run of many requests: processor time of each, and peak memory."""
+    _compile_first()
+    row = bench_scale.bench_large(_say, instances=instances, requests=requests, thin=thin)
+    if as_json:
+        _print_json(row)
+
+
 @bench.command("dynamo")
 @click.option("--instances", default=8, show_default=True)
-@click.option("--requests", default=10_000, show_default=True)
+@click.option("--requests", default=10_000, show_default=True,
+              help="At 1,000 instances the peer takes some 3 ms for each.")  # fmt: skip
 @click.option("--rate", "rate_rps", default=0.0, metavar="RPS", help="As for bench engine.")
 @_JSON
 def bench_dynamo_command(instances: int, requests: int, rate_rps: float, as_json: bool) -> None:

@@ -260,9 +260,14 @@ def run_sweep(
         progress: called after each run.
 
     Raises:
-        SpecError: the file cannot be used, or is another than the interrupted one.
+        SpecError: the file cannot be used, or is another than the interrupted one; or there is an
+            address without Ray.
         TestbedError: runs kept failing for a reason that is not in them.
     """
+    if address and engine != "ray":
+        raise SpecError(
+            f"--address {address!r}: only with --engine ray: {engine!r} stays on this machine"
+        )
     sweep = load_sweep(path)
     base = path.parent / sweep.base
     try:

@@ -11,7 +11,7 @@ A node that has fallen silent goes on counting with what it drew last: it still 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,6 +84,25 @@ def gpu_budgets_w(hall: Datacenter, gpus_w: Floats) -> Floats:
     return np.maximum(hall.row_limit_w - hosts_w, 0.0)
 
 
+class Answer(NamedTuple):
+    """What the building does to nodes, by node."""
+
+    inlet_c: Floats
+    dark: Bools
+    load_frac: Floats
+    """A row for each node, of what opaque VMs ask of each of its GPUs."""
+
+    def at(self, nodes: Ints) -> Answer:
+        """That for some nodes alone."""
+        return Answer(self.inlet_c[nodes], self.dark[nodes], self.load_frac[nodes])
+
+    def of(self, node: int) -> Surroundings:
+        """What to tell one of them."""
+        return Surroundings(
+            float(self.inlet_c[node]), bool(self.dark[node]), self.load_frac[node].tolist()
+        )
+
+
 class Building:
     """See the module's story.
 
@@ -117,10 +136,10 @@ class Building:
         self._count_free()
         self._shown = layout.view.facility = _shown(self.facility)
 
-    def advance(self, now_s: float) -> tuple[list[tuple[int, Surroundings]], list[Happening]]:
-        """Once per period: what to tell which node, and what happened; nothing in between."""
+    def advance(self, now_s: float) -> tuple[Answer | None, list[Happening]]:
+        """Once per period: what to tell the nodes, and what happened; nothing in between."""
         if now_s < self._next_s - 1e-9:
-            return [], []
+            return None, []
         self._next_s = now_s + self._period_s
         gpus, hall, facility = self._layout.gpus, self._hall, self.facility
         draw_w = np.where(gpus.lost & (gpus.t_s >= now_s - 2 * self._period_s), 0.0, 1.0)
@@ -136,28 +155,25 @@ class Building:
         vms.draw_w[:] = np.bincount(facility.gpu_vm[held], draw_w[held], len(vms.name))
         self._count_free()
         happened, hall.happenings = hall.happenings, []
-        return self._surroundings(now_s), happened
+        return self._answer(now_s), happened
 
     def resumed(self) -> None:
         """Have policies see what is no array: arrays they share with ``facility``."""
         for name in ("t_s", "hour", "outside_c"):
             setattr(self._shown, name, getattr(self.facility, name))
 
-    def _surroundings(self, now_s: float) -> list[tuple[int, Surroundings]]:
+    def _answer(self, now_s: float) -> Answer:
+        hall = self._hall
         loads = np.append(self._vms.loads(now_s), 0.0)  # the last for GPUs without a VM
-        load = loads[self.facility.gpu_vm]
-        told = []
-        for node in self._layout.nodes:
-            inlet_c = float(self._hall.inlet_c[node.index])
-            dark = bool(self._hall.dark[node.index])
-            told.append((node.index, Surroundings(inlet_c, dark, load[node.gpus].tolist())))
-        return told
+        by_node = loads[self.facility.gpu_vm].reshape(len(hall.row), -1)
+        return Answer(hall.inlet_c.copy(), hall.dark.copy(), by_node)
 
     def _come_and_go(self, now_s: float) -> None:
         vms = self.facility.vms
         gone = (self._vms.departure_s <= now_s) & (vms.node != LEFT)
         vms.node[gone] = LEFT
-        self.facility.gpu_vm[gone[self.facility.gpu_vm] & (self.facility.gpu_vm >= 0)] = -1
+        gone = np.append(gone, False)  # the last for GPUs without a VM
+        self.facility.gpu_vm[gone[self.facility.gpu_vm]] = -1
         here = (self._vms.arrival_s <= now_s) & (now_s < self._vms.departure_s)
         vms.node[here & (vms.node == LEFT)] = WAITING
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from testbed.coordinator.arbiter import Claims
 from testbed.coordinator.arranging import Arranging
-from testbed.coordinator.building import Building
+from testbed.coordinator.building import Answer, Building
 from testbed.coordinator.cluster import Layout, Node
 from testbed.core.columns import Columns
 from testbed.core.errors import PolicyError, SpecError, TestbedError
@@ -157,6 +157,7 @@ class Coordinator:
             the time of the event itself.
         beat_period_s: least time between two heartbeats; infinite where nodes cannot miss them.
         submit: sends a request to a node by a shorter way than the hub.
+        surround: tells nodes, by their indices, what the building does to them, likewise.
         monotonic_ns: this machine's clock, for nodes that set theirs by it.
         breathe: called between pieces of long work; a live loop looks at its sockets then. Nothing
             that arrives acts before the work is done.
@@ -164,8 +165,8 @@ class Coordinator:
 
     WIRED = (
         "spec", "layout", "view", "_hub", "_records", "_controllers", "_router", "_run_id",
-        "_epoch", "_start_ns", "_boot_id", "_beat_period_s", "_observed_s", "_submit", "_node_of",
-        "_monotonic_ns", "_breathe", "_classes", "_owed",
+        "_epoch", "_start_ns", "_boot_id", "_beat_period_s", "_observed_s", "_submit", "_surround",
+        "_node_of", "_monotonic_ns", "_breathe", "_classes", "_owed",
     )  # fmt: skip
 
     def __init__(
@@ -182,6 +183,7 @@ class Coordinator:
         boot_id: str = "",
         beat_period_s: float = 1.0,
         submit: Callable[[Node, Submit, float], object] | None = None,
+        surround: Callable[[Ints, Answer, float], object] | None = None,
         observed_s: Callable[[float], float] = lambda now_s: now_s,
         monotonic_ns: Callable[[], int] = lambda: 0,
         breathe: Callable[[], None] = lambda: None,
@@ -200,6 +202,7 @@ class Coordinator:
         self._beat_period_s = beat_period_s
         self._observed_s = observed_s
         self._submit = submit or (lambda node, body, now_s: hub.send(node.name, body, now_s))
+        self._surround = surround
         self._node_of: list[int] = self.layout.instances.node.tolist()
         self._monotonic_ns = monotonic_ns
         self._breathe = breathe
@@ -1132,13 +1135,17 @@ class Coordinator:
 
     def _move_building(self, building: Building, now_s: float) -> None:
         """Let the building answer what nodes draw, and tell them what it does to them."""
-        told, happened = building.advance(now_s)
+        answer, happened = building.advance(now_s)
         for happening in happened:
             self._event(now_s, *happening)
-        for index, around in told:
-            node = self.layout.nodes[index]
-            if node.live:
-                self._hub.send(node.name, around, now_s)
+        if answer is None:
+            return
+        live = [node for node in self.layout.nodes if node.live]
+        if self._surround is not None:
+            self._surround(np.array([node.index for node in live], np.int64), answer, now_s)
+            return
+        for node in live:
+            self._hub.send(node.name, answer.of(node.index), now_s)
 
     def _record_rows(self, now_s: float) -> None:
         gpus, rows = self.layout.gpus, self.layout.rows

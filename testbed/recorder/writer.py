@@ -410,10 +410,11 @@ class Recorder:
             return
         gpu = np.asarray(gpu)
         more = len(self._gpu_due.next_s) - len(self._held)
-        self._held_s = np.append(self._held_s, np.full(more, np.nan))
-        self._held = np.append(self._held, np.zeros(more, GpuReadings.layout))
+        if more:
+            self._held_s = np.append(self._held_s, np.full(more, np.nan))
+            self._held = np.append(self._held, np.zeros(more, GpuReadings.layout))
         self._held_s[gpu] = np.where(due, np.nan, t_s)
-        self._held[gpu[~due]] = readings.records[~due]
+        self._held[gpu] = readings.records  # also of those due, which the NaN says are not held
         if due.any():
             self._put_gpus(t_s, gpu[due], GpuReadings.of(readings.records[due]))
 

@@ -21,10 +21,12 @@ from daemons.node import NodeDaemon
 from daemons.safety import CapGuard
 from emulators.engine import Event
 from emulators.server import ServerBank
+from testbed.coordinator.building import Answer
 from testbed.coordinator.cluster import Node
 from testbed.coordinator.loop import Coordinator
 from testbed.core.clock import DELIVERY, SERVING, VirtualScheduler
 from testbed.core.messages import GpuReadings, InstanceReadings, Request, Submit
+from testbed.core.view import Ints
 
 LEAN_DELAY_S = 0.4
 """Longest delay with which all nodes have joined by time zero, a second after they began to."""
@@ -69,6 +71,14 @@ class RequestPath:
         """The coordinator sends a request to a node."""
         index = node.instances.start + body.instance
         self.submits.append((now_s + self._delay_s, index, body))
+
+    def surround(self, nodes: Ints, answer: Answer, now_s: float) -> None:
+        """The coordinator tells nodes what the building does to them."""
+        deliver = partial(self._surround, nodes, answer.at(nodes))
+        self._loop.call_at(now_s + self._delay_s, DELIVERY, deliver)
+
+    def _surround(self, nodes: Ints, answer: Answer, now_s: float) -> None:
+        self._servers.surround_nodes(nodes, *answer)
 
     def tell(self, index: int, events: list[Event], now_s: float) -> None:
         """An engine has news for the coordinator."""

@@ -43,12 +43,22 @@ class Status:
     now_s: float
     duration_s: float
     wall_s: float
+    """Since this process began or went on with the run, at ``from_s`` of its time."""
     arrived: int
     ended: int
     in_flight: int
     nodes: int
     num_nodes: int
     power_w: float
+    from_s: float = 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Wall time that the rest of the duration takes at the pace so far; NaN before any."""
+        done_s = self.now_s - self.from_s
+        if done_s <= 0:
+            return math.nan
+        return max(0.0, self.duration_s - self.now_s) / done_s * self.wall_s
 
 
 @dataclass(slots=True)
@@ -141,6 +151,8 @@ class Desk:
         """Called at each tick, after everything else."""
         self._started = time.monotonic()
         self._shown = self._flushed = 0.0
+        self.from_s = 0.0
+        """Where this process took up the run: its zero, or a checkpoint."""
         self._reports: dict[tuple[float, float], list[Envelope]] = {}
         self.coordinator: Coordinator
 
@@ -197,6 +209,7 @@ class Desk:
 
     def begin(self, *, arrivals: bool = True) -> None:
         """Start ticks and, unless somebody else brings the requests, arrivals."""
+        self._started = time.monotonic()
         if arrivals:
             self._next_arrival()
         self._loop.call_at(self.ticks * self._period_s, CONTROL, self._tick)
@@ -248,4 +261,5 @@ class Desk:
             nodes=coordinator.num_live,
             num_nodes=len(coordinator.layout.nodes),
             power_w=float(gpus.power_avg_w.sum()),
+            from_s=self.from_s,
         )

@@ -86,6 +86,7 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
         run_id=parts.folder.name,
         beat_period_s=math.inf,
         submit=path.submit if path else None,
+        surround=path.surround if path else None,
     )
     nodes: list[NodeSchedule] = []
     guards: list[CapGuard] = []
@@ -146,6 +147,7 @@ def run_virtual(parts: Parts, *, by_message: bool = False) -> None:
             kept = thaw(parts.checkpoint)
             checkpoints.go_on(kept)
             ticks, desk.ticks = kept["ticks"]
+            desk.from_s = kept["now_s"]
     run = path.run if path is not None else loop.run
     loop.call_at(ticks * period_s, PHYSICS, tick)
     desk.begin(arrivals=path is None and parts.checkpoint is None)

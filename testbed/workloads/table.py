@@ -70,6 +70,15 @@ def open_source(job: Job) -> Source:
     return Source(chunks, text=not images.all(), images=bool(images.any()))
 
 
+def last_arrival_s(trace: str) -> float:
+    """Time of the last row of the table that a spec would name.
+
+    Raises:
+        TraceError: the file cannot be read, or a row is broken.
+    """
+    return float(TraceFile(find_trace(trace, {}), _REQUIRED, _OPTIONAL)["arrival_s"][-1])
+
+
 def _check(file: TraceFile, job: Job) -> None:
     """What columns say about each other, and about the spec."""
     if ("num_images" in file) != ("image_tokens" in file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from testbed.core.spec import parse_spec
 from testbed.experiment import load_beside
 from testbed.policies.dynamollm import DynamoLLM
 from testbed.recorder.reader import Recording
-from testbed.shells import checkpoint, virtual
+from testbed.shells import checkpoint, schedule, virtual
 from tests.conftest import ROOT, SMALL, cli, table_hashes
 from tests.elastic.test_elastic import SHUFFLED
 from tests.rig.test_plant import PLANT, events, hard
@@ -78,6 +79,23 @@ def broken_off(tmp_path, monkeypatch, at_s, spec):
 )  # fmt: skip
 def test_resumed_as_if_undisturbed(tmp_path, monkeypatch, at_s, more, overrides):
     check_resumed(tmp_path, monkeypatch, at_s, [*OFTEN, *overrides], SMALL + more)
+
+
+def test_the_time_left_of_a_resumed_run_counts_from_its_resumption(tmp_path, monkeypatch):
+    spec = parse_spec(SMALL, [*OFTEN, "duration_s=40"])
+    folder = broken_off(tmp_path, monkeypatch, 21.0, spec)
+    reads = itertools.count()
+    # A clock on which every tick takes the same: one second each time somebody looks.
+    monkeypatch.setattr(schedule.time, "monotonic", lambda: float(next(reads)))
+    said: list[tuple[float, float, int]] = []
+    rig.resume(
+        folder, progress=lambda status: said.append((status.now_s, status.left_s, next(reads)))
+    )
+    monkeypatch.undo()
+    (begun_s, _, first), (now_s, left_s, then) = said[3], said[50]
+    assert 20.0 < begun_s < now_s < 30.0
+    pace = (then - first) / (now_s - begun_s)
+    assert left_s == pytest.approx((40.0 - now_s) * pace, rel=0.15)
 
 
 def check_resumed(tmp_path, monkeypatch, at_s, overrides, text):

@@ -14,6 +14,7 @@ from testbed.recorder.reader import Recording
 from testbed.shells import virtual
 from testbed.shells.lean import BankReports, RequestPath
 from tests.conftest import SMALL, table_hashes
+from tests.rig.test_plant import PLANT, events, hard
 
 FAULT = "\n[[fault]]\nat_s = 6.05\nnode = 1\ngpu = 0\n"
 TENANTS = "\n[tenants]\nper_node = 2\npreprocess = true\n"
@@ -89,6 +90,21 @@ def test_same_bytes_with_and_without_messages(tmp_path, monkeypatch, more, overr
     ours, theirs = table_hashes(lean), table_hashes(messages)
     assert ours == theirs
     assert Recording.open(lean).table("requests").num_rows > 50
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["plant.period_s=0.5", "record.views=true"],
+        ["plant.speedup=3600", "vms.short_lived_frac=1.0"],
+        [*hard(1), "plant.oversubscription_frac=0.5", "duration_s=80"],  # all is dark by the end
+    ],
+)
+def test_a_building_has_the_same_effect_without_messages(tmp_path, monkeypatch, overrides):
+    lean, messages = both_ways(tmp_path, monkeypatch, *overrides, text=PLANT)
+    assert table_hashes(lean) == table_hashes(messages)
+    dark = "oversubscription" in overrides[-2]
+    assert bool(events(lean, "dark")) == dark
 
 
 def test_jitter_takes_the_way_of_messages(tmp_path, monkeypatch):

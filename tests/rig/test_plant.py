@@ -114,6 +114,12 @@ def test_tapas_says_that_it_configures_nothing_without_profiles(tmp_path):
     assert warnings("configure=false") == []
 
 
+def test_a_building_needs_no_vms(tmp_path):
+    folder = run(tmp_path, "vms.count=0", 'policy=[{use="uniform_cap"}]')
+    assert facility(folder, "servers.inlet_c").min() > 18.0
+    assert events(folder, "dark") == []
+
+
 def test_replay_reproduces_every_command(tmp_path):
     cap = '{use="uniform_cap",params={trip=0.5,release=0.4},precedence="safety"}'
     folder = run(tmp_path, f'policy=[{{use="tapas"}},{cap},{{use="priority_cap"}}]')

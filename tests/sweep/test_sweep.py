@@ -57,6 +57,15 @@ needs_ray = pytest.mark.skipif(
 )
 
 
+def test_an_address_is_for_ray_alone(tmp_path):
+    done = cli(
+        "sweep", write(tmp_path, SWEEP), "--address", "127.0.0.1:9", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 2
+    assert "--address '127.0.0.1:9': only with --engine ray" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def write(folder: Path, sweep: str, base: str = BASE) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "base.toml").write_text(base)
