@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.fleet_week.figure import draw
+from experiments.fleet_week.figure import figures
 from experiments.fleet_week.ticks import read_ticks, ticks_table
 from testbed import rig
+from testbed.analysis.pictures import save
 from testbed.core.spec import load_spec
 from testbed.recorder.reader import Recording
 from testbed.sweep import run_sweep
@@ -45,7 +46,8 @@ def test_rows_have_what_their_hosts_leave_and_caps_act(tmp_path):
     rows = recording.columns("rows", "budget_w")
     assert len(np.unique(rows["budget_w"])) > 5, "budgets follow what the hosts draw"
     assert recording.table("commands").num_rows > 0
-    assert "die temperature" in draw(recording)
+    save(figures(recording), tmp_path / "week.svg")
+    assert "die temperature" in (tmp_path / "week.svg").read_text()
 
 
 def test_the_table_of_ticks_comes_from_its_sweep(tmp_path):
@@ -64,7 +66,8 @@ def test_the_row_day_is_a_sweep_of_one_recording(tmp_path):
     path = shorter("row_day.toml", tmp_path, duration_s="1200")
     folder = run_sweep(path, tmp_path / "out", workers=1)
     [run] = (folder / "points" / "000000").iterdir()
-    assert "<svg" in draw(Recording.open(run))
+    save(figures(Recording.open(run)), tmp_path / "row-day.svg")
+    assert "<svg" in (tmp_path / "row-day.svg").read_text()
 
 
 @pytest.mark.parametrize("name", ["row_day.toml", "ticks.toml"])
