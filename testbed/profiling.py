@@ -5,7 +5,8 @@ all at once on one bank of GPUs: Poisson arrivals with lengths drawn from the ru
 power from the counters, latency from the events. The closed loop is the run's own (engine, clocks,
 heat), so a profile is right up to sampling noise and what a mix of classes does.
 
-A profile is known by its content: models, GPU, engine, lengths, limits and the emulators' sources.
+A profile is known by its content: models, GPU, engine, lengths, limits, and the sources of the
+emulators and workloads.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from emulators.models import load_model
 from emulators.profiles import GpuProfile, load_gpu
 from emulators.server import ServerBank
 from emulators.state import GpuState
+from testbed import workloads
 from testbed.core.messages import EngineConfig, InstanceConfig, Request
 from testbed.core.spec import ClassSpec, RunSpec
 from testbed.core.view import Floats, Ints
@@ -52,7 +54,8 @@ _SAMPLE = 20_000
 _WARM_FRAC = 0.15
 """Share of the time that is not counted, while queues fill."""
 _TICKS = 60
-_SOURCES = ("engine", "timing", "kernels", "power", "thermal", "gpu", "server")
+_KINDS = (".py", ".c", ".toml")
+"""What of a package decides what it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +110,15 @@ def _digest(spec: RunSpec, sweep: Sweep) -> str:
     digest.update(msgspec.json.encode(told))
     digest.update(repr(load_gpu(spec.cluster.gpu)).encode())
     digest.update(repr(load_model(pool.model)).encode())
-    digest.update(Path(__file__).read_bytes())
-    for name in _SOURCES:
-        digest.update((Path(emulators.__file__).parent / f"{name}.py").read_bytes())
+    files = [Path(__file__)]
+    for package in (emulators, workloads):
+        folder = Path(str(package.__file__)).parent
+        files += sorted(path for path in folder.iterdir() if path.suffix in _KINDS)
+    trace = Path(spec.workload.trace)
+    if spec.workload.trace and trace.is_file():
+        files.append(trace)
+    for path in files:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
 
 

@@ -408,3 +408,13 @@ def test_clocks_are_kept_high_enough_for_surges_that_the_past_has_seen():
         locks = [c for c in said if isinstance(c, LockClocks)]
         chosen.append({float(mhz) for c in locks for mhz in c.sm_clock_mhz})
     assert chosen == [{1000.0}, set()]  # the highest is no lock
+
+
+def test_a_profile_is_another_when_its_trace_is(tmp_path):
+    trace = tmp_path / "trace.csv"
+    text = f'[workload]\nsource = "azure_llm"\ntrace = "{trace}"\n'
+    digests = []
+    for row in ("2023-11-16 18:17:03,100,20", "2023-11-16 18:17:03,100,30"):
+        trace.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{row}\n")
+        digests.append(profiling._digest(parse_spec(text), DynamoLLM.sweep))
+    assert digests[0] != digests[1]
