@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from testbed import profiling
 from testbed.core.messages import Request
-from testbed.core.spec import PolicySpec
+from testbed.core.spec import PolicySpec, parse_spec
 from testbed.core.view import (
     LockClocks,
     OrderQueue,
