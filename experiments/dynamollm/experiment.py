@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from testbed.core.spec import LedgerSpec, RunSpec, parse_spec
 from testbed.experiment import Case, Options, Results, Row, Values, measure_run
 from testbed.policies.dynamollm import FASTER_WHY, DynamoLLM
 from testbed.policies.dynamollm.forecast import surge_rps
+from testbed.policies.serving_profile import ServingProfile
 from testbed.profiling import profile_of
 from testbed.recorder.reader import Recording
 from testbed.workloads import open_workload
@@ -374,6 +375,36 @@ def rows(results: Results) -> list[Row]:
     if "40 % mispredicted" in results.arms("conversation hour"):
         found += _ablations(results)
     return found
+
+
+class Cell(NamedTuple):
+    """One way to serve a class: what a request costs there at the most that meets the limits."""
+
+    tp: int
+    clock_mhz: float
+    load_rps: float
+    energy_wh: float
+    """Of the instance's GPUs, per request."""
+
+
+def profiled(profile: ServingProfile, name: str) -> list[Cell]:
+    """Energy per request of a class in every cell of a profile that keeps both limits."""
+    cls, found = profile.classes.index(name), []
+    loads = [load for load in enumerate(profile.load_frac.tolist()) if load[1] > 0.0]
+    for t, tp in enumerate(profile.tps):
+        for c, clock_mhz in enumerate(profile.clocks_mhz.tolist()):
+            for k, load in loads:
+                late = max(profile.ttft_ratio[cls, t, c, k], profile.tpot_ratio[cls, t, c, k])
+                rps = load * float(profile.saturation_rps[cls, t])
+                if late <= 1.0:
+                    energy_wh = float(profile.power_w[cls, t, c, k]) / rps / 3600.0
+                    found.append(Cell(tp, clock_mhz, rps, energy_wh))
+    return found
+
+
+def device_profile() -> ServingProfile:
+    """Of the conversation hour: made if it is not in the cache."""
+    return profile_of(parse_spec(BASE), DynamoLLM.sweep, workers=os.cpu_count() or 1)
 
 
 def _against_single_pool(results: Results, scenario: str) -> list[Row]:

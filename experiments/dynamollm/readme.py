@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from testbed.analysis.drawing import Figure
 from testbed.analysis.markdown import table
 from testbed.experiment import Results, load_beside, shown
 
 EXPERIMENT = load_beside(__file__, "experiment")
 _figure = load_beside(__file__, "figure")
+PROFILED = {
+    "ss": "TP2 at 0.8 GHz is best (`secondary`)",
+    "mm": "3.91 to 13.21 Wh over all cells, 3.4 times (`secondary`)",
+    "ll": "needs TP8 and a high clock (`secondary`)",
+}
+"""Classes of which the paper says what their cells differ by."""
 ACROSS = 2
 """Figures beside each other."""
 
@@ -28,10 +36,33 @@ def parts(results: Results) -> dict[str, str]:
     }
     if EXPERIMENT.OVERLOAD in results.scenarios():
         found["ladder"] = _ladder(results)
+    profile = EXPERIMENT.device_profile()
+    found["profile"] = _profile({name: EXPERIMENT.profiled(profile, name) for name in PROFILED})
     variants = [arm for arm in EXPERIMENT.VARIANTS if _anywhere(results, arm)]
     if variants:
         found["variants"] = _variants(results, variants)
     return found
+
+
+def _profile(cells: dict[str, list[Any]]) -> str:
+    """What shapes, clocks and loads of one instance are worth, class by class."""
+    lines = []
+    for name, mine in cells.items():
+        best, worst = (pick(mine, key=lambda cell: cell.energy_wh) for pick in (min, max))
+        shapes = ", ".join(f"TP{tp}" for tp in sorted({cell.tp for cell in mine}))
+        lines.append(
+            [name.upper(), _cell(best), _cell(worst), f"{worst.energy_wh / best.energy_wh:.1f}",
+             shapes, PROFILED[name]]
+        )  # fmt: skip
+    head = ["class", "least energy", "most", "ratio", "shapes that meet the limits", "the paper"]
+    return table(head, lines)
+
+
+def _cell(cell: Any) -> str:
+    return (
+        f"{cell.energy_wh:.2g} Wh a request (TP{cell.tp}, {cell.clock_mhz:.0f} MHz, "
+        f"{cell.load_rps:.2g} /s)"
+    )
 
 
 def _scenarios(results: Results) -> list[str]:

@@ -87,7 +87,7 @@ def values(energy: float, attained: float) -> dict:
     }  # fmt: skip
 
 
-def test_rows_compare_with_the_paper_and_figures_are_drawn(tmp_path):
+def test_rows_compare_with_the_paper_and_figures_are_drawn(tmp_path, coarse):
     kwh = {"SinglePool": 10.0, "MultiPool": 9.5, "DynamoLLM": 5.0}
     runs = [
         Result(c, values(kwh.get(c.arm, 8.0), 0.99)) for c in MODULE.cases(Options(seeds=2))
@@ -111,6 +111,9 @@ def test_rows_compare_with_the_paper_and_figures_are_drawn(tmp_path):
     readme = load_beside(str(EXPERIMENT.folder / "readme.py"), "readme")
     parts = readme.parts(results)
     assert "| **DynamoLLM** | -50 ± 0.0 %, 99.00 % |" in parts["energy"]
+    lines = parts["profile"].splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| SS", "| MM", "| LL"]
+    assert all(float(line.split(" | ")[3]) > 1.0 for line in lines[2:])
     assert "| no ladder | 99.00 % | 16.0 s | 3 | 2 | 1 | 0 |" in parts["ladder"]
     assert fill((EXPERIMENT.folder / "README.md").read_text(), parts), "every mark is there"
     save(readme.pictures(results)["figure.svg"], tmp_path / "figure.svg")
