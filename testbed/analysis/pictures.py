@@ -27,6 +27,8 @@ _MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "cross": "P", "x": "X", "triangle-up": "^",
     "triangle-down": "v", "star": "*", "hexagon": "h",
 }  # fmt: skip
+_CLOUD = 60
+"""From so many markers on a trace is drawn as pixels within an SVG."""
 _PREFIX = "-open"
 """Of names of markers that are drawn as an outline."""
 
@@ -158,6 +160,8 @@ def _scatter(trace: dict[str, Any], axes: Axes, colour: str) -> None:
         "label": trace.get("name") if trace.get("showlegend", True) else None,
         "drawstyle": "steps-post" if line.get("shape") == "hv" else "default",
         "alpha": trace.get("opacity"),
+        # A cloud of dots is smaller as pixels than as drawings, and looks alike.
+        "rasterized": "markers" in mode and len(trace["x"]) > _CLOUD,
     }
     x, y = np.asarray(trace["x"], float), np.asarray(trace["y"], float)
     if errors:
