@@ -27,6 +27,8 @@ _MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "cross": "P", "x": "X", "triangle-up": "^",
     "triangle-down": "v", "star": "*", "hexagon": "h",
 }  # fmt: skip
+_FEW_DECADES = 20.0
+"""Span of a logarithmic axis up to which more than powers of ten are labelled."""
 _CLOUD = 60
 """From so many markers on a trace is drawn as pixels within an SVG."""
 _PREFIX = "-open"
@@ -59,8 +61,12 @@ def save(figures: Sequence[Figure], path: Path, *, across: int = 2) -> None:
                 where = grid[row, :] if figure.wide else grid[row, place]
                 _draw(figure, canvas.add_subplot(where), canvas)
         path.parent.mkdir(parents=True, exist_ok=True)
-        plain = {"Date": None} if path.suffix == ".svg" else {}
-        canvas.savefig(path, metadata=plain, dpi=2 * _PIXELS_PER_INCH)
+        drawing = path.suffix == ".svg"
+        canvas.savefig(
+            path,
+            metadata={"Date": None} if drawing else {},
+            dpi=_PIXELS_PER_INCH * (1 if drawing else 2),
+        )
 
 
 def _lines(figures: Sequence[Figure], across: int) -> Iterator[list[Figure]]:
@@ -126,8 +132,10 @@ def _axis(axes: Axes, name: str, said: dict[str, Any]) -> None:
     if said.get("type") == "log":
         getattr(axes, f"set_{name}scale")("log")
         axis = getattr(axes, f"{name}axis")
-        for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-            set_formatter(lambda value, place: f"{value:g}")
+        axis.set_major_formatter(lambda value, place: f"{value:g}")
+        low, high = getattr(axes, f"get_{name}lim")()
+        few = high / low < _FEW_DECADES  # else numbers between the powers of ten would overlap
+        axis.set_minor_formatter(lambda value, place: f"{value:g}" if few else "")
     low, high = getattr(axes, f"get_{name}lim")()
     if said.get("rangemode") == "tozero" and low > 0 and said.get("type") != "log":
         getattr(axes, f"set_{name}lim")(0.0, high)
