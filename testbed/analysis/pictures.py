@@ -189,10 +189,10 @@ def _bars(trace: dict[str, Any], axes: Axes) -> None:
     )
     for place, value in enumerate(values):
         top = value + spread[place]
+        said = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
         axes.annotate(
-            f"{value:.3g}", (place, top), (0, 2), textcoords="offset points", ha="center",
-            fontsize=7,
-        )  # fmt: skip
+            said, (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=7
+        )
     axes.grid(visible=False, axis="x")
     if len(names) > 5 or max(map(len, names)) > 10:
         axes.tick_params(axis="x", labelrotation=30)
