@@ -369,29 +369,47 @@ def _shares(
     totals = np.array([node_kwh.sum(), energy.gpu_s])
     # Bins and spans do not meet exactly where nodes come and go: then all is held.
     held /= np.maximum(np.maximum(totals, held.sum(axis=1)), 1e-12)[:, None]
-    instances = slice(energy.holds.num_instances)
-    table = recording.columns("requests")
-    served = (table["instance"] >= 0) & (table["status"] == "completed")
-    tokens = table["prompt_tokens"] + table["image_tokens"] + OUTPUT_WEIGHT * table["output_tokens"]
-    instance, weight = table["instance"][served], tokens[served].astype(np.float64)
-    sums = np.bincount(instance, weight, energy.holds.num_instances)
-    parts = held[:, instances] / np.maximum(sums, 1e-12)
-    mine = parts[:, instance] * weight
+    num_instances = energy.holds.num_instances
+    weights = _token_weights(recording, num_instances)
+    sums = sum(weights["tenant"].values(), start=np.zeros(num_instances))
+    parts = held[:, :num_instances] / np.maximum(sums, 1e-12)
     vms = held[:, energy.holds.num_instances :]
     customers = [f"vm:customer{k}" for k in energy.holds.customer.tolist()]
     found = {}
     for column, of_vms in (("slo_class", ["(vms)"] * len(customers)), ("tenant", customers)):
-        names = np.append(table[column][served].astype(str), np.array(of_vms, str))
-        known, index = np.unique(names, return_inverse=True)
-        both = np.append(mine, vms, axis=1)
-        sizes = [np.bincount(index, one, len(known)) for one in both]
-        named = {
-            name: (float(kwh), float(time))
-            for name, kwh, time in zip(known.tolist(), *sizes, strict=True)
-        }
-        idle_kwh, idle_time = (max(0.0, 1.0 - float(size.sum())) for size in sizes)
+        named: dict[str, tuple[float, float]] = {}
+        shares = [(name, parts @ mine) for name, mine in sorted(weights[column].items())]
+        for name, (kwh, time) in [*shares, *zip(of_vms, vms.T, strict=True)]:
+            before = named.get(name, (0.0, 0.0))
+            named[name] = (before[0] + float(kwh), before[1] + float(time))
+        sizes = np.array(list(named.values())).reshape(-1, 2).sum(axis=0)
+        idle_kwh, idle_time = (max(0.0, 1.0 - float(size)) for size in sizes)
         named["(idle)"] = (idle_kwh, idle_time)
         found["class" if column == "slo_class" else column] = named
+    return found
+
+
+def _token_weights(recording: Recording, num_instances: int) -> dict[str, dict[str, Floats]]:
+    """Weighed tokens of completed requests by instance, of each class and of each tenant.
+
+    A part of the requests at a time: there may be tens of millions.
+    """
+    counted = ("prompt_tokens", "image_tokens", "output_tokens")
+    found: dict[str, dict[str, Floats]] = {"slo_class": {}, "tenant": {}}
+    if not num_instances:
+        return found
+    for part in recording.batches("requests", ("instance", "status", *counted, *found)):
+        served = (part["instance"] >= 0) & (part["status"] == "completed")
+        prompt, image, output = (part[name][served].astype(np.float64) for name in counted)
+        weight = prompt + image + OUTPUT_WEIGHT * output
+        instance = part["instance"][served].astype(np.int64)
+        for column, known in found.items():
+            names, index = np.unique(part[column][served].astype(str), return_inverse=True)
+            place = index * num_instances + instance
+            sums = np.bincount(place, weight, len(names) * num_instances)
+            for name, mine in zip(names.tolist(), sums.reshape(-1, num_instances), strict=True):
+                known.setdefault(name, np.zeros(num_instances))
+                known[name] += mine
     return found
 
 
