@@ -35,13 +35,12 @@ MISSED_FRAC = 0.01
 def summarise(source: Source) -> dict[str, Any]:
     """The summary object of a run."""
     recording = Recording.open(source)
+    # What needs most memory comes first, while nothing else is held.
+    ledgered = ledger(recording)
+    total_j, slowed_s, by_reason = _gpus(recording)
     requests = read_requests(recording)
     duration_s = run_duration_s(recording)
     because = invalid_because(recording)
-    gpus = recording.columns("gpus", "t_s", "gpu", "energy_j", "throttle")
-    energy = energy_j(gpus["gpu"], gpus["energy_j"])
-    total_j = sum(energy.values()) if energy else None
-    slowed_s, by_reason = throttle_s(gpus["t_s"], gpus["gpu"], gpus["throttle"])
     totals = read_totals(recording, requests)
     tokens = _tokens(totals)
     attained = sum(total.attained for total in totals)
@@ -68,12 +67,20 @@ def summarise(source: Source) -> dict[str, Any]:
         "throttle_by_reason_s": by_reason,
         "memory": _memory(recording, duration_s),
         **_layout(recording, duration_s),
-        "ledger": ledger(recording),
+        "ledger": ledgered,
         "commands": _commands(recording, duration_s),
         "lateness_s": _lateness(recording),
         "valid": not because,
         "invalid_because": because,
     }
+
+
+def _gpus(recording: Recording) -> tuple[float | None, float, dict[str, float]]:
+    """Energy of all GPUs, and how long they were slowed down, in all and by reason."""
+    gpus = recording.columns("gpus", "t_s", "gpu", "energy_j", "throttle")
+    energy = energy_j(gpus["gpu"], gpus["energy_j"])
+    slowed_s, by_reason = throttle_s(gpus["t_s"], gpus["gpu"], gpus["throttle"])
+    return sum(energy.values()) if energy else None, slowed_s, by_reason
 
 
 def write(source: Source) -> dict[str, Any]:
