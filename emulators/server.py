@@ -360,8 +360,10 @@ def tune_engine(
     return []
 
 
-_READINGS = "".join(InstanceReadings.layout[name].kind for name in InstanceReadings.names)
-_READINGS = _READINGS.replace("i", "q").replace("f", "d")
+_READINGS = "".join(
+    {"i": "q", "f": "d"}[InstanceReadings.layout[name].kind] for name in InstanceReadings.names
+)
+"""A record of `InstanceReadings`, as `struct` writes it."""
 
 
 @cache

@@ -186,7 +186,7 @@ class Coordinator:
         surround: Callable[[Ints, Answer, float], object] | None = None,
         observed_s: Callable[[float], float] = lambda now_s: now_s,
         monotonic_ns: Callable[[], int] = lambda: 0,
-        breathe: Callable[[], None] = lambda: None,
+        breathe: Callable[[], object] = lambda: None,
     ) -> None:
         self.spec = spec
         self.layout = Layout(spec)

@@ -277,14 +277,16 @@ class LiveScheduler(Lane):
             lane.now_s = now_s
         self._polled_s = -math.inf
 
-    def breathe(self) -> None:
-        """Look at the inputs in the middle of long work, unless that was just done.
+    def breathe(self) -> bool:
+        """Look at the inputs in the middle of long work, unless that was just done; True if so.
 
         What comes in is entered and acts later, as ever.
         """
-        if self.wall_s() - self._polled_s > self._DEAF_S:
-            self._poll(0.0)
-            self._polled_s = self.wall_s()
+        if self.wall_s() - self._polled_s <= self._DEAF_S:
+            return False
+        self._poll(0.0)
+        self._polled_s = self.wall_s()
+        return True
 
     def run(self, until_s: float) -> None:
         """Run everything as it falls due until the clock shows ``until_s`` or `stop` is called."""
@@ -292,12 +294,12 @@ class LiveScheduler(Lane):
         fine_timers()
         while not self.stopped:
             wall_s = self.wall_s()
-            start_s, _ = self._next(wall_s)
+            start_s, lane = self._next(wall_s)
             if start_s <= min(wall_s, until_s):
                 # Arrivals first, now and then: a loop that is behind must not go deaf. Counted
                 # from the end of a poll: a long one must not keep waiting what is due.
-                self.breathe()
-                _, lane = self._next(wall_s)
+                if self.breathe():
+                    _, lane = self._next(wall_s)
                 t_s, order, _, _, callback = heapq.heappop(lane.heap)
                 lane.now_s = max(lane.now_s, t_s)
                 if order != HOUSEKEEPING:

@@ -466,7 +466,7 @@ class Recorder:
 
     # Control.
 
-    def view(self, step: int, view: View, breathe: Callable[[], None] = lambda: None) -> None:
+    def view(self, step: int, view: View, breathe: Callable[[], object] = lambda: None) -> None:
         """What the policies are shown at a control tick, if ``record.views``.
 
         Else no more than whose GPUs are, which the ledger needs. ``breathe`` is called now and
@@ -503,7 +503,7 @@ class Recorder:
         now_s: float,
         columns: Any,
         names: list[str],
-        breathe: Callable[[], None],
+        breathe: Callable[[], object],
     ) -> None:
         count, writer = len(columns.name), self.tables[table]
         for start in range(0, count, _VIEW_SLICE_ROWS):

@@ -20,26 +20,20 @@ from testbed.core.messages import (
     encode,
     merge,
 )
-from testbed.core.topics import TOPICS, Stream
-from testbed.core.transport.base import COORDINATOR, Deliver, PeerCounter
-from testbed.core.transport.zmq import Curve, ZmqSpoke, hand_over
+from testbed.core.transport.base import Deliver
+from testbed.core.transport.zmq import Curve, NodeEnd, ZmqSpoke
 
 
-class Seat:
+class Seat(NodeEnd):
     """One node's end of the shared connection; see `testbed.core.transport.base.Spoke`.
 
     Its reports wait for those of the others; everything else leaves at once.
     """
 
     def __init__(self, owner: SharedSpoke, name: str, incarnation: int, deliver: Deliver) -> None:
-        self.name = name
-        self.incarnation = incarnation
+        super().__init__(name, incarnation, deliver, owner.delay_s, owner.now_s)
         self.bad_total = 0
         self._owner = owner
-        self._deliver = deliver
-        self._counter = PeerCounter()
-        self.stats = self._counter.stats
-        self._sequence: dict[Stream, int] = {"control": 0, "telemetry": 0}
 
     @property
     def dropped_total(self) -> int:
@@ -48,9 +42,7 @@ class Seat:
 
     def send(self, body: Body, t_s: float) -> bool:
         """Queue a message to the hub; False if it is not connected or its queue is full."""
-        stream = TOPICS[type(body)].stream
-        sequence = self._sequence[stream] = self._sequence[stream] + 1
-        envelope = Envelope(self.name, self.incarnation, sequence, t_s, body)
+        _, envelope = self._word(body, t_s)
         if isinstance(body, Report):
             self._owner.gather(envelope)
             return True
@@ -71,11 +63,8 @@ class Seat:
         except (TransportError, ValueError):
             self.bad_total += 1
             return
-        if envelope.source != COORDINATOR:
+        if not self._hear(envelope):
             self.bad_total += 1
-        elif self._counter.take(envelope, "control"):
-            owner = self._owner
-            hand_over(envelope, owner.delay_s, owner.now_s(), self.stats, self._deliver)
 
     def close(self) -> None:
         """The connection is its owner's."""

@@ -485,7 +485,48 @@ class ZmqHub:
         self._io.close()
 
 
-class ZmqSpoke:
+class NodeEnd:
+    """What every node's end does, whatever carries it: number what it says, judge what it hears.
+
+    Args:
+        name: of the node; the hub knows it by this.
+        incarnation: grows with every life of the node.
+        deliver: gets what arrives.
+        delay_s: from sent to due.
+        now_s: the run's clock, to count what came after it was due.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: int,
+        deliver: Deliver,
+        delay_s: float,
+        now_s: Callable[[], float],
+    ) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self._counter = PeerCounter()
+        self.stats = self._counter.stats
+        self._sequence: dict[Stream, int] = {"control": 0, "telemetry": 0}
+        self._deliver, self._delay_s, self._now_s = deliver, delay_s, now_s
+
+    def _word(self, body: Body, t_s: float) -> tuple[Stream, Envelope]:
+        """A message with its number, and the stream that it goes by."""
+        stream = TOPICS[type(body)].stream
+        sequence = self._sequence[stream] = self._sequence[stream] + 1
+        return stream, Envelope(self.name, self.incarnation, sequence, t_s, body)
+
+    def _hear(self, envelope: Envelope) -> bool:
+        """Deliver what the coordinator says, once; False if it was not the coordinator."""
+        if envelope.source != COORDINATOR:
+            return False
+        if self._counter.take(envelope, "control"):
+            hand_over(envelope, self._delay_s, self._now_s(), self.stats, self._deliver)
+        return True
+
+
+class ZmqSpoke(NodeEnd):
     """A node's end; see `testbed.core.transport.base.Spoke`.
 
     Making one waits a moment for the connection, so that the first word is not dropped; a hub that
@@ -527,12 +568,7 @@ class ZmqSpoke:
         if not 0 < len(name.encode()) < 256 or name[0] == "\0":
             raise TransportError(f"node name {name!r}: must have 1 to 255 bytes")
         server_key = _load_server(curve) if curve else b""
-        self.name = name
-        self.incarnation = incarnation
-        self._counter = PeerCounter()
-        self.stats = self._counter.stats
-        self._sequence: dict[Stream, int] = {"control": 0, "telemetry": 0}
-        self._deliver, self._delay_s, self._now_s = deliver, delay_s, now_s
+        super().__init__(name, incarnation, deliver, delay_s, now_s)
         self._io = _Sockets(curve, host)
         try:
             self.control = self._open(zmq.DEALER, hwm_messages or _CONTROL_HWM_MESSAGES)
@@ -570,9 +606,7 @@ class ZmqSpoke:
 
     def send(self, body: Body, t_s: float) -> bool:
         """Queue a message to the hub; False if it is not connected or its queue is full."""
-        stream = TOPICS[type(body)].stream
-        sequence = self._sequence[stream] = self._sequence[stream] + 1
-        envelope = Envelope(self.name, self.incarnation, sequence, t_s, body)
+        stream, envelope = self._word(body, t_s)
         return self._io.send(self._by_stream[stream], encode(envelope))
 
     def poll(self, timeout_s: float) -> None:
@@ -591,12 +625,8 @@ class ZmqSpoke:
 
     def _take(self, data: bytes) -> None:
         envelope = self._io.read(data)
-        if envelope is None:
-            return
-        if envelope.source != COORDINATOR:
+        if envelope is not None and not self._hear(envelope):
             self._io.bad_total += 1
-        elif self._counter.take(envelope, "control"):
-            hand_over(envelope, self._delay_s, self._now_s(), self.stats, self._deliver)
 
     def watch(self, descriptor: int) -> None:
         """Have something readable on another file descriptor end the waiting of `poll`."""
