@@ -114,8 +114,7 @@ def read_holds(recording: Recording) -> Holds:
     num_instances = len(recording.columns("instance_index", "instance")["instance"])
     if recording.spec.cluster.elastic:
         layouts = read_layouts(recording)
-        until_s = np.append(layouts.t_s[1:], np.inf)
-        until_s[np.append(layouts.instance[1:] != layouts.instance[:-1], True)] = np.inf
+        until_s = _until_s(layouts.t_s, layouts.instance)
         rows = np.flatnonzero(layouts.state != OFF)
         rows = np.repeat(rows, layouts.num_gpus[rows])
         # A slot has the number of its first GPU.
@@ -139,6 +138,14 @@ def read_holds(recording: Recording) -> Holds:
     return Holds(gpu[order], holder[order], start_s[order], end_s[order], num_instances, customer)
 
 
+def _until_s(t_s: Floats, whose: Ints) -> Floats:
+    """When each of some states ends, in order of whose they are and of time: with the next one's
+    beginning, or never."""
+    until_s = np.append(t_s[1:], np.inf)
+    until_s[np.append(whose[1:] != whose[:-1], True)] = np.inf
+    return until_s
+
+
 def _vm_spans(recording: Recording) -> tuple[Ints, Ints, Floats, Floats, Ints]:
     """GPU, VM, start and end of each span that policies saw, and the customer of each VM."""
     table = recording.columns("facility", "now_s", "quantity", "place_index", "value")
@@ -151,8 +158,7 @@ def _vm_spans(recording: Recording) -> tuple[Ints, Ints, Floats, Floats, Ints]:
         return place[order], table["now_s"][mine][order], table["value"][mine][order].astype(int)
 
     gpu, t_s, vm = of("gpu_vm")
-    until_s = np.append(t_s[1:], np.inf)
-    until_s[np.append(gpu[1:] != gpu[:-1], True)] = np.inf
+    until_s = _until_s(t_s, gpu)
     held = vm >= 0
     whose, _, customer = of("vms.customer")
     _, latest = np.unique(whose[::-1], return_index=True)
