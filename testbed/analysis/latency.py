@@ -7,6 +7,7 @@ a rejected or lost request does not, and one still in flight at the end is not c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,15 +66,18 @@ class Requests:
 
 
 def read_requests(recording: Recording) -> Requests:
-    """The requests of a recording, read a batch at a time: many millions fit into memory."""
-    parts = [_requests_of(batch) for batch in recording.batches("requests", _COLUMNS)]
+    """The requests of a recording, all at once."""
+    parts = list(request_parts(recording))
     names = [entry.name for entry in fields(Requests)]
-    columns = {}
-    for name in names:  # one after the other, so that little is there twice
-        columns[name] = np.concatenate([part[name] for part in parts])
-        for part in parts:
-            del part[name]
-    return Requests(**columns)
+    return Requests(
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    )
+
+
+def request_parts(recording: Recording) -> Iterator[Requests]:
+    """The requests of a recording, a part at a time: there may be tens of millions."""
+    for batch in recording.batches("requests", _COLUMNS):
+        yield _requests_of(batch)
 
 
 _COLUMNS = (
@@ -83,7 +87,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _requests_of(table: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def _requests_of(table: dict[str, NDArray[Any]]) -> Requests:
     first_s, finished_s = table["first_token_seen_s"], table["finished_seen_s"]
     gaps = table["output_tokens"] - 1
     completed = table["status"] == "completed"
@@ -93,11 +97,12 @@ def _requests_of(table: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         "status", "slo_class", "pool", "instance", "arrival_s", "ttft_limit_s", "tpot_limit_s",
         "prompt_tokens", "image_tokens", "output_tokens", "num_images",
     )  # fmt: skip
-    return {name: table[name] for name in kept} | {
-        "ttft_s": first_s - table["arrival_s"],
-        "tpot_s": tpot_s,
-        "e2e_s": np.where(completed, finished_s - table["arrival_s"], np.nan),
-    }
+    return Requests(
+        **{name: table[name] for name in kept},
+        ttft_s=first_s - table["arrival_s"],
+        tpot_s=tpot_s,
+        e2e_s=np.where(completed, finished_s - table["arrival_s"], np.nan),
+    )
 
 
 def token_times_s(recording: Recording, request_id: int) -> Floats:
@@ -148,7 +153,9 @@ def percentiles(values: Floats) -> dict[str, float | None]:
     known = values[~np.isnan(values)]
     if not len(known):
         return dict.fromkeys(QUANTILES)
-    return {name: float(np.quantile(known, share)) for name, share in QUANTILES.items()}
+    # `known` is a copy already: sorting it in place takes no more memory.
+    found = np.quantile(known, list(QUANTILES.values()), overwrite_input=True)
+    return dict(zip(QUANTILES, found.tolist(), strict=True))
 
 
 def itl_counts(recording: Recording) -> Ints:

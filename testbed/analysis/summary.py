@@ -6,7 +6,8 @@ NaN. Counting rules are with the functions that apply them.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,14 +15,14 @@ import numpy as np
 from testbed.analysis import layouts
 from testbed.analysis.energy import energy_j, held_s, read_rows, throttle_s
 from testbed.analysis.latency import (
-    Requests,
     itl_counts,
     itl_percentiles,
     percentiles,
-    read_requests,
+    request_parts,
 )
 from testbed.analysis.ledger import ledger
 from testbed.analysis.series import edges, grid
+from testbed.core.view import Floats, Ints
 from testbed.recorder.reader import Recording, Source
 from testbed.recorder.writer import write_summary
 
@@ -35,13 +36,11 @@ MISSED_FRAC = 0.01
 def summarise(source: Source) -> dict[str, Any]:
     """The summary object of a run."""
     recording = Recording.open(source)
-    # What needs most memory comes first, while nothing else is held.
     ledgered = ledger(recording)
     total_j, slowed_s, by_reason = _gpus(recording)
-    requests = read_requests(recording)
     duration_s = run_duration_s(recording)
     because = invalid_because(recording)
-    totals = read_totals(recording, requests)
+    totals, latencies = _read_requests(recording)
     tokens = _tokens(totals)
     attained = sum(total.attained for total in totals)
     return {
@@ -52,10 +51,10 @@ def summarise(source: Source) -> dict[str, Any]:
         "duration_s": duration_s,
         "wall_s": recording.manifest["wall_s"],
         "requests": _requests(totals),
-        "classes": _classes(requests, totals),
-        "ttft_s": percentiles(requests.ttft_s),
+        "classes": _classes(latencies, totals),
+        "ttft_s": percentiles(_joined(latencies, "ttft_s")),
         "itl_s": itl_percentiles(itl_counts(recording).sum(axis=0)),
-        "e2e_s": percentiles(requests.e2e_s),
+        "e2e_s": percentiles(_joined(latencies, "e2e_s")),
         "goodput_rps": attained / duration_s if duration_s else None,
         "tokens": tokens,
         "energy_j": total_j,
@@ -112,33 +111,62 @@ class Total(NamedTuple):
     attained: int
 
 
-def read_totals(recording: Recording, requests: Requests) -> list[Total]:
-    """Counts of all requests: from their rows, or as the run kept them where it thinned those."""
+@dataclass(slots=True)
+class _Latencies:
+    """Of one class: its limits, and what its requests took, in parts as they were read."""
+
+    ttft_limit_s: float
+    tpot_limit_s: float
+    ttft_s: list[Floats] = field(default_factory=list)
+    tpot_s: list[Floats] = field(default_factory=list)
+    e2e_s: list[Floats] = field(default_factory=list)
+
+
+def _joined(latencies: dict[str, _Latencies], column: str) -> Floats:
+    """One column of all classes."""
+    parts = [part for found in latencies.values() for part in getattr(found, column)]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _read_requests(recording: Recording) -> tuple[list[Total], dict[str, _Latencies]]:
+    """Counts of all requests, and latencies of the recorded ones by class.
+
+    Counts are of their rows, or as the run kept them where it thinned those. Of tens of millions of
+    requests three numbers each are held, and no more.
+    """
+    counts: defaultdict[tuple[str, str], Ints] = defaultdict(lambda: np.zeros(5, np.int64))
+    latencies: dict[str, _Latencies] = {}
+    for part in request_parts(recording):
+        tokens = (part.prompt_tokens, part.image_tokens, part.output_tokens)
+        columns = (np.ones(len(part.status), np.int64), *tokens, part.attained)
+        for name in sorted(set(part.slo_class)):
+            inside = part.slo_class == name
+            for status in sorted(set(part.status[inside])):
+                mine = inside & (part.status == status)
+                counts[name, status] += [int(column[mine].sum()) for column in columns]
+            if name not in latencies:
+                first = int(inside.argmax())
+                latencies[name] = _Latencies(
+                    float(part.ttft_limit_s[first]), float(part.tpot_limit_s[first])
+                )
+            for column in ("ttft_s", "tpot_s", "e2e_s"):
+                getattr(latencies[name], column).append(getattr(part, column)[inside])
+    kept = _kept_counts(recording)
+    return [Total(*key, *row.tolist()) for key, row in sorted((kept or counts).items())], latencies
+
+
+def _kept_counts(recording: Recording) -> dict[tuple[str, str], Ints]:
+    """What a run that thins its requests counted of all of them, by class and status."""
     table = recording.columns("request_totals")
-    if not len(table["t_s"]):
-        return _counted(requests)
-    keys = sorted(set(zip(table["slo_class"].tolist(), table["status"].tolist(), strict=True)))
+    keys = set(zip(table["slo_class"].tolist(), table["status"].tolist(), strict=True))
     columns = (
         "requests_count", "prompt_tokens", "image_tokens", "output_tokens", "attained_count",
     )  # fmt: skip
-    return [
-        Total(slo_class, status, *(int(table[name][mine].sum()) for name in columns))
+    return {
+        (slo_class, status): np.array([table[name][mine].sum() for name in columns], np.int64)
         for slo_class, status in keys
         for mine in [(table["slo_class"] == slo_class) & (table["status"] == status)]
-    ]
-
-
-def _counted(requests: Requests) -> list[Total]:
-    totals = []
-    attained = requests.attained
-    for slo_class in sorted(set(requests.slo_class)):
-        of_class = requests.slo_class == slo_class
-        for status in sorted(set(requests.status[of_class])):
-            mine = of_class & (requests.status == status)
-            tokens = (requests.prompt_tokens, requests.image_tokens, requests.output_tokens)
-            counts = [int(column[mine].sum()) for column in (*tokens, attained)]
-            totals.append(Total(str(slo_class), str(status), int(mine.sum()), *counts))
-    return totals
+    }
 
 
 def _attained_frac(totals: list[Total]) -> float | None:
@@ -159,19 +187,20 @@ def _requests(totals: list[Total]) -> dict[str, Any]:
     }
 
 
-def _classes(requests: Requests, totals: list[Total]) -> dict[str, Any]:
+def _classes(latencies: dict[str, _Latencies], totals: list[Total]) -> dict[str, Any]:
     found = {}
     for name in sorted({total.slo_class for total in totals}):
         of_class = [total for total in totals if total.slo_class == name]
-        inside = requests.slo_class == name
+        known = latencies.get(name)
+        only = {name: known} if known else {}
         found[name] = {
             "arrived": sum(total.requests for total in of_class),
             "completed": sum(total.requests for total in of_class if total.status == "completed"),
             "slo_attained_frac": _attained_frac(of_class),
-            "ttft_limit_s": float(requests.ttft_limit_s[inside][0]) if inside.any() else None,
-            "tpot_limit_s": float(requests.tpot_limit_s[inside][0]) if inside.any() else None,
-            "ttft_s": percentiles(requests.ttft_s[inside]),
-            "tpot_s": percentiles(requests.tpot_s[inside]),
+            "ttft_limit_s": known.ttft_limit_s if known else None,
+            "tpot_limit_s": known.tpot_limit_s if known else None,
+            "ttft_s": percentiles(_joined(only, "ttft_s")),
+            "tpot_s": percentiles(_joined(only, "tpot_s")),
         }
     return found
 
