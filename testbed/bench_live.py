@@ -67,6 +67,8 @@ _LIFE_MAX_S = 300.0
 _BEHIND_MAX_S = 0.5
 """A generator that is further behind leaves out ticks, and counts them."""
 _NODES_MAX = 100_000
+_SWING_W, _SWING_PERIOD_S = 180.0, 30.0
+"""How a row's load rises and falls about 450 W a GPU; its budget is 600."""
 
 
 class _Job(msgspec.Struct, frozen=True):
@@ -172,10 +174,7 @@ def bench_intake(
             "dropped_by_coordinator": wire["dropped_total"],
             "bad": wire["bad_total"],
             "late_frac": wire["late_total"] / max(1, wire["received_total"]),
-            "round_trips": wire["round_trips"],
-            "round_trip_p50_s": wire["round_trip_p50_s"],
-            "round_trip_p99_s": wire["round_trip_p99_s"],
-            "round_trip_max_s": wire["round_trip_max_s"],
+            **{name: wire[name] for name in wire if "_trip" in name},
             "answer_p50_s": max(generator["answer_p50_s"] for generator in said),
             "answer_p99_s": max(generator["answer_p99_s"] for generator in said),
             "coordinator_cores": wire["cpu_s"] / span_s,
@@ -218,6 +217,7 @@ rate_rps = 1e-6
 [[policy]]
 use = "row_power_cap"
 precedence = "safety"
+params = {{ hold_s = 1.0 }}
 [record]
 gpu_period_s = {gpu_period_s}
 [control]
@@ -540,7 +540,13 @@ class _Generator:
         self.readings["sm_clock_mhz"] = 1980.0
         self.readings["temp_c"] = rng.normal(60.0, 3.0, len(self.readings)).round()
         self.readings["fb_used_bytes"] = 70 << 30
-        self.draw_w = rng.normal(450.0, 40.0, len(self.readings))
+        self.mean_w = rng.normal(450.0, 40.0, len(self.readings))
+        self.draw_w = self.mean_w
+        self.limit_w = np.full(len(self.readings), 700.0)
+        self.index = {name: index for index, name in enumerate(job.nodes)}
+        row = np.arange(count) // NODES_PER_ROW
+        # The golden ratio spreads the phases of however many rows evenly.
+        self.phase = np.repeat((row * 0.618 + job.seed * 0.309) % 1.0, GPUS_PER_NODE)
         curve = Curve(Path(job.secret), server=Path(job.server)) if job.secret else None
         self.spokes: dict[str, ZmqSpoke] = {}
         endpoints = dict.fromkeys(job.relays.get(row, job.coordinator) for row in self._rows())
@@ -603,6 +609,8 @@ class _Generator:
         name, word = outer.body.to, decode(outer.body.message)
         body = word.body
         if isinstance(body, Lease):
+            place = self.index[name] * GPUS_PER_NODE
+            self.limit_w[place : place + GPUS_PER_NODE] = body.power_limit_w
             self._say(name, Ack(body.epoch, body.sequence, "", body.power_limit_w), word.t_s)
             self.answers.add((time.monotonic_ns() - self._free_ns) * 1e-9)
         elif isinstance(body, Welcome):
@@ -651,7 +659,7 @@ class _Generator:
                 self.skipped += 1
                 tick += 1
                 continue
-            self._advance()
+            self._advance(t_s)
             tick += 1
             self._send(templates, t_s, tick)
         self._poll(0.2)
@@ -688,10 +696,17 @@ class _Generator:
             if now_s - self.heard_ns * 1e-9 > 5 * _SILENT_EXIT_S:
                 raise SystemExit("generator: no coordinator")
 
-    def _advance(self) -> None:
-        """GPUs that work, with some noise."""
+    def _advance(self, t_s: float) -> None:
+        """GPUs that work, with some noise, as far as their limits let them.
+
+        The load of each row rises and falls, over its budget and far below: a policy that caps rows
+        has something to do at most of its steps, and never for all of them at once.
+        """
         readings = self.readings
+        swing_w = _SWING_W * np.sin(2 * np.pi * (t_s / _SWING_PERIOD_S + self.phase))
+        self.draw_w = np.minimum(self.mean_w + swing_w, self.limit_w)
         draw_w = self.draw_w + self.rng.standard_normal(len(readings)) * 15.0
+        readings["power_limit_w"] = readings["power_limit_enforced_w"] = self.limit_w
         readings["power_instant_w"] = draw_w
         readings["power_avg_w"] = self.draw_w
         readings["energy_j"] += draw_w * self.period_s

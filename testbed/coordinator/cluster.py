@@ -81,9 +81,14 @@ class Node:
     last_s: float = -np.inf
     """When it was last heard from, on the coordinator's clock."""
     lease_sequence: int = 0
-    lease_sent_s: float = -np.inf
+    renew_s: float = np.inf
+    """When its lease is to be renewed."""
+    told_s: float = 0.0
+    """When it was last sent a lease or a heartbeat."""
     lease_seen_s: float = np.nan
     """When the last lease really left, by the clock that a client would read."""
+    lease_changes: bool = False
+    """It was sent since a policy changed a limit, not to renew the one before."""
     refused: str = ""
     unfit: bool = False
     """It has sent a report that is not laid out like its row of the run file."""

@@ -234,7 +234,6 @@ class Coordinator:
         self._lock_mhz = np.zeros(count)
         self._next_step_s = [0.0] * len(controllers)
         self._step = 0
-        self._beat_s = -math.inf
         self._relays: dict[str, RelayStatus] = {}
         self.stopping = False
         self._building = Building(spec, self.layout) if spec.plant is not None else None
@@ -453,8 +452,11 @@ class Coordinator:
         fresh = self._limit_w[node.gpus] == 0
         self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
         self._lease(node, now_s)
-        # Nodes that joined together renew apart: a burst would hold up what is urgent.
-        node.lease_sent_s -= self.spec.control.lease_s / 3 * (node.index % _PHASES) / _PHASES
+        # Nodes that joined together renew apart, and go on so whatever policies change in between:
+        # a burst would hold up what is urgent.
+        share = node.index % _PHASES / _PHASES
+        node.renew_s = now_s + self.spec.control.lease_s / 3 * (1 - share)
+        node.told_s -= share
         self._tune_again(node, now_s)
         if slots is not None and slots.layout_sequence < node.layout_sequence:
             self._tell_layout(node, now_s)  # it was welcomed with an older one
@@ -943,7 +945,7 @@ class Coordinator:
                 self._breathe()
             node = self.layout.nodes[index]
             if node.live:
-                self._lease(node, now_s)
+                self._lease(node, now_s, changes=True)
 
     def _arrange(self, said: list[tuple[int, int, Command]], now_s: float) -> set[int]:
         """Tell nodes whose layout changes; returns which."""
@@ -1009,6 +1011,8 @@ class Coordinator:
 
     def _tune(self, kind: TuneKind, which: Ints, values: Ints | Floats, now_s: float) -> None:
         """Tell the nodes of these instances."""
+        if not len(which):
+            return
         of_node = self.layout.instances.node[which]
         for index in np.unique(of_node):
             node = self.layout.nodes[index]
@@ -1084,9 +1088,10 @@ class Coordinator:
             names,
         )
 
-    def _lease(self, node: Node, now_s: float) -> None:
+    def _lease(self, node: Node, now_s: float, *, changes: bool = False) -> None:
         node.lease_sequence += 1
-        node.lease_sent_s = now_s
+        node.lease_changes = changes
+        node.told_s = now_s
         node.lease_seen_s = self._observed_s(now_s)
         self._hub.send(
             node.name,
@@ -1103,35 +1108,28 @@ class Coordinator:
     # Once per sample period.
 
     def tick(self, now_s: float) -> None:
-        """Renew leases, notice silence, and write down the draw of each row."""
-        self.renew(now_s)
-        self.account(now_s)
+        """Renew leases, notice silence, move the building on, and write down the draw of rows."""
+        self._renew(now_s)
+        if self._building is not None:
+            self._move_building(self._building, now_s)
+        self._record_rows(now_s)
+        if self._sums and now_s - self._totals_s >= TOTALS_PERIOD_S - 1e-9:
+            self._record_totals(now_s)
 
-    def renew(self, now_s: float) -> None:
-        """Renew leases, and notice silence."""
+    def _renew(self, now_s: float) -> None:
         control = self.spec.control
-        beat = now_s - self._beat_s >= self._beat_period_s
-        if beat:
-            self._beat_s = now_s
         for count, node in enumerate(self.layout.nodes, 1):
             if count % _SLICE_NODES == 0:
                 self._breathe()
             if node.live:
                 if now_s - node.last_s > control.node_timeout_s:
                     self._lose(node, now_s, f"silent for {now_s - node.last_s:.1f} s")
-                elif now_s - node.lease_sent_s >= control.lease_s / 3 - 1e-9:
+                elif now_s >= node.renew_s - 1e-9:
+                    node.renew_s = now_s + control.lease_s / 3
                     self._lease(node, now_s)
-                    continue
-            if beat and now_s - node.lease_sent_s >= 1.0:  # else a lease has said the same
+            if now_s - node.told_s >= self._beat_period_s - 1e-9:
+                node.told_s = now_s
                 self._hub.send(node.name, Heartbeat(), now_s)
-
-    def account(self, now_s: float) -> None:
-        """Move the building on, write down the draw of each row, and at times sum up requests."""
-        if self._building is not None:
-            self._move_building(self._building, now_s)
-        self._record_rows(now_s)
-        if self._sums and now_s - self._totals_s >= TOTALS_PERIOD_S - 1e-9:
-            self._record_totals(now_s)
 
     def _move_building(self, building: Building, now_s: float) -> None:
         """Let the building answer what nodes draw, and tell them what it does to them."""

@@ -41,6 +41,8 @@ _START_DELAY_S = 0.5
 _WELCOME_S = 4e-4
 """And for each node to be welcomed: 8,000 take about a second on half a core."""
 
+_SETTLING_S = 1.0
+
 
 def run_live(
     parts: Parts,
@@ -155,8 +157,10 @@ class _Wire:
 
     def __init__(self, loop: LiveScheduler) -> None:
         self._loop = loop
-        self._trips = Lateness(math.inf)
+        self._trips, self._changes = Lateness(math.inf), Lateness(math.inf)
         self._cpu_s = (0.0, 0.0)
+        self._joined_s = math.inf
+        """When a node last answered its first lease; infinite before the run and after it."""
 
     def begin(self) -> None:
         self._cpu_s = (time.process_time(), time.thread_time())
@@ -164,20 +168,36 @@ class _Wire:
     def end(self) -> None:
         process_s, thread_s = self._cpu_s
         self._cpu_s = (time.process_time() - process_s, time.thread_time() - thread_s)
+        self._joined_s = math.inf
 
     def answered(self, coordinator: Coordinator, source: str, ack: Ack) -> None:
         """A node has answered a lease: how long was that after it left?
 
-        First leases do not count: they leave all at once, when all nodes join.
+        Leases of the second in which nodes join do not count: the first ones leave all at once.
         """
         node = coordinator.layout.by_name.get(source)
-        if node is not None and 1 < ack.sequence == node.lease_sequence:
-            self._trips.add(self._loop.wall_s() - node.lease_seen_s)
+        if node is None or ack.sequence != node.lease_sequence:
+            return
+        if ack.sequence == 1:
+            self._joined_s = self._loop.wall_s()
+        elif node.lease_seen_s > self._joined_s + _SETTLING_S:
+            trip_s = self._loop.wall_s() - node.lease_seen_s
+            self._trips.add(trip_s)
+            if node.lease_changes:
+                self._changes.add(trip_s)
 
     def facts(self, hub: ZmqHub) -> dict[str, float]:
         """Counters over all peers; times in seconds. Call after `end`."""
         stats = hub.stats.values()
-        trips = self._trips
+        of_all, of_changes = (
+            {
+                f"{name}s": trips.events_total,
+                f"{name}_p50_s": trips.percentile_s(0.5),
+                f"{name}_p99_s": trips.percentile_s(0.99),
+                f"{name}_max_s": trips.max_s,
+            }
+            for name, trips in (("round_trip", self._trips), ("change_trip", self._changes))
+        )
         return {
             "peers": len(hub.stats),
             "received_total": sum(s.received_total for s in stats),
@@ -186,10 +206,8 @@ class _Wire:
             "late_total": sum(s.late_total for s in stats),
             "dropped_total": hub.dropped_total,
             "bad_total": hub.bad_total,
-            "round_trips": trips.events_total,
-            "round_trip_p50_s": trips.percentile_s(0.5),
-            "round_trip_p99_s": trips.percentile_s(0.99),
-            "round_trip_max_s": trips.max_s,
+            **of_all,
+            **of_changes,
             "cpu_s": self._cpu_s[0],
             "cpu_main_thread_s": self._cpu_s[1],
         }

@@ -146,6 +146,9 @@ class Desk:
         self._parts = parts
         self._loop = loop
         self._period_s = parts.spec.control.sample_period_s
+        # In live runs between two samples: what a policy sees is then as old as the wire made it,
+        # not a period older, and what it changes leaves while no reports arrive.
+        self._phase_s = self._period_s / 2 if isinstance(loop, LiveScheduler) else 0.0
         self.ticks = 0
         self.on_tick: Callable[[float], object] = lambda now_s: None
         """Called at each tick, after everything else."""
@@ -212,7 +215,10 @@ class Desk:
         self._started = time.monotonic()
         if arrivals:
             self._next_arrival()
-        self._loop.call_at(self.ticks * self._period_s, CONTROL, self._tick)
+        self._call_tick()
+
+    def _call_tick(self) -> None:
+        self._loop.call_at(self.ticks * self._period_s + self._phase_s, CONTROL, self._tick)
 
     def _next_arrival(self) -> None:
         request = next(self._parts.requests, None)
@@ -226,12 +232,7 @@ class Desk:
 
     def _tick(self, now_s: float) -> None:
         coordinator, spec = self.coordinator, self._parts.spec
-        if isinstance(self._loop, LiveScheduler):
-            # Between two samples, when the wire is quiet; what a policy changes leaves at once.
-            self._loop.call_at(now_s + self._period_s / 2, CONTROL, coordinator.renew)
-            coordinator.account(now_s)
-        else:
-            coordinator.tick(now_s)
+        coordinator.tick(now_s)
         coordinator.control(now_s)
         wall = time.monotonic() - self._started
         if wall - self._flushed >= 0.5:
@@ -245,7 +246,7 @@ class Desk:
             self._loop.stop()
             return
         self.ticks += 1
-        self._loop.call_at(self.ticks * self._period_s, CONTROL, self._tick)
+        self._call_tick()
         self.on_tick(now_s)
 
     def status(self, now_s: float) -> Status:
