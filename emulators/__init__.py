@@ -6,4 +6,4 @@ the compiled ones are imported in their place.
 
 from emulators import compiled
 
-compiled.use(__path__)
+compiled.use(__name__, __path__)

@@ -1,10 +1,11 @@
-"""The engine's hot modules as machine code: the same Python, compiled by mypyc.
+"""Hot modules as machine code: the same Python, compiled by mypyc.
 
 The engine is a state machine on plain numbers, typed throughout, so mypyc makes it three times
-faster without a line of it changing. What it builds is kept in the user's cache under a name that
-changes with the sources, the interpreter and the compiler, and is imported in place of the ``.py``
-files from then on: an edited source is never shadowed by an old build, it runs interpreted until it
-is built again. ``SERVING_TESTBED_PURE=1`` leaves the compiled modules alone.
+faster without a line of it changing; so is what requests pass on their way to it. What it builds is
+kept in the user's cache under a name that changes with the sources, the interpreter and the
+compiler, and is imported in place of the ``.py`` files from then on: an edited source is never
+shadowed by an old build, it runs interpreted until it is built again. ``SERVING_TESTBED_PURE=1``
+leaves the compiled modules alone.
 
 This module imports nothing of the project, since it decides what an import of it means.
 """
@@ -22,14 +23,21 @@ from collections.abc import MutableSequence
 from importlib import metadata, util
 from pathlib import Path
 
-MODULES = ("engine", "farm", "timing")
+MODULES = (
+    "emulators/engine.py",
+    "emulators/farm.py",
+    "emulators/timing.py",
+    "testbed/coordinator/dispatch.py",
+    "testbed/shells/request_path.py",
+)
+"""From the folder that the packages are in."""
 PURE_VARIABLE = "SERVING_TESTBED_PURE"
 ONCE_VARIABLE = "SERVING_TESTBED_COMPILED"
 """Set for a command that has just been started over with a fresh build."""
 _SHARED = "shared"
 """Folder of the library that the modules share: alone, since it comes to lie on ``sys.path``, where
 a folder called like the package would be taken for it by processes that are spawned."""
-_HERE = Path(__file__).parent
+_ROOT = Path(__file__).parent.parent
 _OPTIONS = "opt_level=3, shared apart"
 
 _SETUP = """
@@ -39,7 +47,7 @@ from mypyc.build import mypycify
 
 cache, target, *sources = sys.argv[1:]
 sys.argv[1:] = ["-q", "build_ext", "--build-lib", target + "/lib", "--build-temp", target + "/temp"]
-arguments = ["--cache-dir", cache, "--config-file=", *sources]
+arguments = ["--cache-dir", cache, "--config-file=", "--follow-imports=silent", *sources]
 modules = mypycify(arguments, opt_level="3", target_dir=target + "/c")
 setup(name="compiled", ext_modules=modules, script_name="setup.py")
 """
@@ -55,27 +63,29 @@ def build_folder(cache: Path | None = None) -> Path:
     """Where the build of the present sources is, or would be."""
     digest = hashlib.sha256(f"{sys.version} {sysconfig.get_platform()} {_OPTIONS}".encode())
     for name in MODULES:
-        digest.update((_HERE / f"{name}.py").read_bytes())
+        digest.update((_ROOT / name).read_bytes())
     return (cache or cache_folder()) / f"engine-{digest.hexdigest()[:16]}"
 
 
-def use(path: MutableSequence[str]) -> None:
-    """Have a package's ``__path__`` find the compiled modules first, if they are there."""
+def use(package: str, path: MutableSequence[str]) -> None:
+    """Have the ``__path__`` of a package find its compiled modules first, if they are there."""
     if os.environ.get(PURE_VARIABLE):
         return
     try:
-        folder = build_folder() / "emulators"
+        build = build_folder()
+        folder = build.joinpath(*package.split("."))
         if folder.is_dir():
             path.insert(0, str(folder))
-            sys.path.append(str(folder.parent / _SHARED))
+            if str(build / _SHARED) not in sys.path:
+                sys.path.append(str(build / _SHARED))
     except (OSError, RuntimeError):  # no home, or one that cannot be read
         return
 
 
 def set_aside(path: MutableSequence[str]) -> None:
     """Undo `use` before anything is imported: doctests are collected from the sources."""
-    folder = str(build_folder() / "emulators")
-    path[:] = [entry for entry in path if entry != folder]
+    folder = str(build_folder())
+    path[:] = [entry for entry in path if not entry.startswith(folder)]
 
 
 def in_use() -> bool:
@@ -112,8 +122,8 @@ def build(*, cache: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".engine-") as scratch:
         done = subprocess.run(
             [sys.executable, "-c", _SETUP, f"{scratch}/mypy", scratch,
-             *(f"emulators/{name}.py" for name in MODULES)],
-            cwd=_HERE.parent,  # so that mypy finds the packages by their names
+             *MODULES],
+            cwd=_ROOT,  # so that mypy finds the packages by their names
             # Without contraction of a*b+c, so that the numbers are Python's on every processor.
             env={
                 **os.environ,

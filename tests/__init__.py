@@ -5,5 +5,8 @@ the two equal.
 """
 
 import emulators
+import testbed.coordinator
+import testbed.shells
 
-emulators.compiled.set_aside(emulators.__path__)
+for _package in (emulators, testbed.coordinator, testbed.shells):
+    emulators.compiled.set_aside(_package.__path__)

@@ -14,19 +14,16 @@ forgotten its requests: it is treated as lost, then welcomed.
 
 from __future__ import annotations
 
-import math
 import traceback
-from collections import deque
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
-import msgspec
 import numpy as np
 
 from testbed.coordinator.arbiter import Claims
 from testbed.coordinator.arranging import Arranging
 from testbed.coordinator.building import Answer, Building
 from testbed.coordinator.cluster import Layout, Node
+from testbed.coordinator.dispatch import Dispatcher
 from testbed.core.columns import Columns
 from testbed.core.errors import PolicyError, SpecError, TestbedError
 from testbed.core.messages import (
@@ -60,7 +57,7 @@ from testbed.core.messages import (
     Welcome,
     merge,
 )
-from testbed.core.spec import ClassSpec, RunSpec
+from testbed.core.spec import RunSpec
 from testbed.core.transport.base import Hub
 from testbed.core.view import (
     OFF,
@@ -92,54 +89,7 @@ _PHASES = 10
 """Into how many groups renewals of leases are spread."""
 _SLICE_NODES = 100
 """Nodes that a tick sees to at a time; each may get a lease, which takes some 15 us."""
-TOTALS_PERIOD_S = 60.0
-"""How often counts of all requests are written down, where not every request is."""
 _STATES = ("off", "starting", "up", "draining")
-
-
-@dataclass(slots=True)
-class InFlight:
-    """A request on its way."""
-
-    request: Request
-    tokens: int
-    """What it counts for in `InstanceColumns.outstanding_tokens`."""
-    instance: int = -1
-    attempts: int = 0
-    routed_s: float = float("nan")
-    first_token_s: float = float("nan")
-    first_token_seen_s: float = float("nan")
-    returns: int = 0
-    """How often an instance gave it up without having failed."""
-    done_tokens: int = 0
-    """Output that it had by then, which the next instance computes again as part of the prompt."""
-    prefill_due_tokens: int = 0
-    """What it counts for in `InstanceColumns.prefill_due_tokens`: 0 once it has a token."""
-
-    @property
-    def rest(self) -> Request:
-        """What is left to be asked for."""
-        request, done = self.request, self.done_tokens
-        if not done:
-            return request
-        return msgspec.structs.replace(
-            request,
-            prompt_tokens=request.prompt_tokens + done,
-            output_tokens=max(1, request.output_tokens - done),
-        )
-
-
-class _Owed:
-    """What instances still have to do, as in the view: three of its columns, number by number.
-
-    An array's element takes a microsecond to change, a memory view's half of that, and a request
-    changes six.
-    """
-
-    def __init__(self, instances: InstanceColumns) -> None:
-        self.requests = instances.outstanding_requests.data
-        self.tokens = instances.outstanding_tokens.data
-        self.prefill_tokens = instances.prefill_due_tokens.data
 
 
 class Coordinator:
@@ -156,7 +106,7 @@ class Coordinator:
         observed_s: what the clock shows, for what a client would have measured. In virtual time
             the time of the event itself.
         beat_period_s: least time between two heartbeats; infinite where nodes cannot miss them.
-        submit: sends a request to a node by a shorter way than the hub.
+        submit: sends a request to an instance by a shorter way than the hub; see `Dispatcher`.
         surround: tells nodes, by their indices, what the building does to them, likewise.
         monotonic_ns: this machine's clock, for nodes that set theirs by it.
         breathe: called between pieces of long work; a live loop looks at its sockets then. Nothing
@@ -164,9 +114,9 @@ class Coordinator:
     """
 
     WIRED = (
-        "spec", "layout", "view", "_hub", "_records", "_controllers", "_router", "_run_id",
-        "_epoch", "_start_ns", "_boot_id", "_beat_period_s", "_observed_s", "_submit", "_surround",
-        "_node_of", "_monotonic_ns", "_breathe", "_classes", "_owed",
+        "spec", "layout", "view", "dispatcher", "_hub", "_records", "_controllers", "_run_id",
+        "_epoch", "_start_ns", "_boot_id", "_beat_period_s", "_observed_s", "_surround",
+        "_monotonic_ns", "_breathe",
     )  # fmt: skip
 
     def __init__(
@@ -182,7 +132,7 @@ class Coordinator:
         start_ns: int = 0,
         boot_id: str = "",
         beat_period_s: float = 1.0,
-        submit: Callable[[Node, Submit, float], object] | None = None,
+        submit: Callable[[int, Request, float, float], object] | None = None,
         surround: Callable[[Ints, Answer, float], object] | None = None,
         observed_s: Callable[[float], float] = lambda now_s: now_s,
         monotonic_ns: Callable[[], int] = lambda: 0,
@@ -194,33 +144,23 @@ class Coordinator:
         self._hub = hub
         self._records = records
         self._controllers = controllers
-        self._router = router
         self._run_id = run_id
         self._epoch = epoch
         self._start_ns = start_ns
         self._boot_id = boot_id
         self._beat_period_s = beat_period_s
         self._observed_s = observed_s
-        self._submit = submit or (lambda node, body, now_s: hub.send(node.name, body, now_s))
         self._surround = surround
-        self._node_of: list[int] = self.layout.instances.node.tolist()
+        self.dispatcher = Dispatcher(
+            spec, self.layout, records, router, submit or self._send_request
+        )
         self._monotonic_ns = monotonic_ns
         self._breathe = breathe
-        self._classes = {slo_class.name: slo_class for slo_class in spec.slo_class}
-        self._every = spec.record.requests_every
-        self._sums: dict[tuple[str, str], list[int]] = {}
-        """By class and status since the last row of totals; see `_tally`."""
-        self._totals_s = 0.0
-        self.in_flight: dict[int, InFlight] = {}
-        self._held: deque[InFlight] = deque()
-        self._owed = _Owed(self.layout.instances)
         num_instances = len(self.layout.instances.name)
         self._draining = np.zeros(num_instances, dtype=np.bool_)
         self._by_deadline = np.zeros(num_instances, dtype=np.bool_)
         self._own_seqs = self.layout.instances.max_num_seqs.copy()
         """Most sequences in a batch as the instance's pool has it."""
-        self.arrived_total = 0
-        self.ended_total = 0
         self.commands_total = 0
         names = [policy.use for policy in spec.policy]
         precedence = [policy.precedence for policy in spec.policy]
@@ -235,7 +175,6 @@ class Coordinator:
         self._next_step_s = [0.0] * len(controllers)
         self._step = 0
         self._relays: dict[str, RelayStatus] = {}
-        self.stopping = False
         self._building = Building(spec, self.layout) if spec.plant is not None else None
         records.cluster(self.view)
 
@@ -461,7 +400,7 @@ class Coordinator:
         if slots is not None and slots.layout_sequence < node.layout_sequence:
             self._tell_layout(node, now_s)  # it was welcomed with an older one
         self._refresh_up(node)
-        self._release_held(now_s)
+        self.dispatcher.release_held(now_s)
 
     def _on_slots(self, node: Node, slots: SlotReadings, t_s: float, now_s: float) -> None:
         """What the slots of an elastic node hold has changed, or is called something else."""
@@ -489,34 +428,22 @@ class Coordinator:
             self._records.layout(t_s, self._step + 1, np.array(changed), instances)
             self._settle_batches(now_s)
         if node.live:
-            self._release_held(now_s)
+            self.dispatcher.release_held(now_s)
 
     def _on_returned(self, node: Node, returned: Returned, t_s: float, now_s: float) -> None:
         """An instance has given requests up: send them elsewhere, or let them end."""
-        if self.stopping:
+        if self.dispatcher.stopped:
             return  # every request has its row by now
         self._records.moves(t_s, returned, node.instances.start)
-        back = []
-        for request_id, local, output_tokens, why in zip(
+        first = node.instances.start
+        given = zip(
             returned.request_id,
-            returned.instance,
+            [first + local for local in returned.instance],
             returned.output_tokens,
             returned.why,
             strict=True,
-        ):
-            entry = self.in_flight.get(request_id)
-            if entry is None or entry.instance != node.instances.start + local:
-                continue  # of an attempt that was given up
-            if why == "squashed":
-                self._end(entry, "rejected", t_s, self._observed_s(now_s), 0)
-                continue
-            self._take_back(entry)
-            entry.returns += 1
-            entry.done_tokens += output_tokens
-            back.append(entry)
-        for entry in back:  # once all are off the account of where they were
-            self._route(entry, now_s)
-        self._release_held(now_s)
+        )
+        self.dispatcher.given_up(given, t_s, self._observed_s(now_s), now_s)
 
     def _on_gaps(self, node: Node, gaps: Gaps, t_s: float) -> None:
         counted = zip(gaps.instance, gaps.bin, gaps.count, strict=True)
@@ -532,44 +459,12 @@ class Coordinator:
             self._records.itl(t_s, first + local, bins, counts)
 
     def _on_progress(self, node: Node, progress: Progress, now_s: float) -> None:
-        self.on_happened(
-            node,
-            zip(
-                progress.request_id,
-                progress.event,
-                progress.t_s,
-                progress.preemptions,
-                strict=True,
-            ),
-            now_s,
+        events = zip(
+            progress.request_id, progress.event, progress.t_s, progress.preemptions, strict=True
         )
-
-    def on_happened(
-        self, node: Node, events: Iterable[tuple[int, str, float, int]], now_s: float
-    ) -> None:
-        """What became of requests on a node: id, kind of event, when, and preemptions so far."""
-        if self.stopping:
-            return  # every request has its row by now
+        mine = node.instances
         seen_s = self._observed_s(now_s)
-        freed = False
-        in_flight = self.in_flight
-        first, stop = node.instances.start, node.instances.stop
-        for request_id, event, t_s, preemptions in events:
-            entry = in_flight.get(request_id)
-            if entry is None or not first <= entry.instance < stop:
-                continue  # of an attempt that was given up
-            if event == "first_token":
-                self._prefilled(entry)
-                if not entry.done_tokens:  # else the first of its rest
-                    entry.first_token_s, entry.first_token_seen_s = t_s, seen_s
-            elif event == "finished":
-                self._end(entry, "completed", t_s, seen_s, preemptions)
-                freed = True
-            else:
-                self._end(entry, "rejected", t_s, seen_s, preemptions)
-                freed = True
-        if freed and self._held:
-            self._release_held(now_s)
+        self.dispatcher.happened(mine.start, mine.stop, events, seen_s, now_s)
 
     def _on_ack(self, node: Node, ack: Ack, now_s: float) -> None:
         if ack.refused and ack.refused != node.refused:
@@ -586,7 +481,7 @@ class Coordinator:
             bye.events_total,
             bye.missed_total,
         )
-        if not self.stopping:
+        if not self.dispatcher.stopped:
             self._lose(node, now_s, f"left: {bye.reason}")
         else:
             node.live = False
@@ -599,7 +494,7 @@ class Coordinator:
         node.drift_total = 0
         self.layout.gpus.lost[node.gpus] = True
         self._refresh_up(node)
-        self._reroute(range(node.instances.start, node.instances.stop), now_s)
+        self.dispatcher.reroute(range(node.instances.start, node.instances.stop), now_s)
 
     def _lose_gpus(self, node: Node, gpus: list[int], now_s: float) -> None:
         """GPUs fell off the bus: the instances on them are gone, their requests go elsewhere."""
@@ -608,19 +503,7 @@ class Coordinator:
             self._event(now_s, "error", node.name, "gpu_lost", f"GPU {local}, {uuid}")
         self._refresh_up(node)
         on = self.layout.gpus.instance[node.gpus][gpus]
-        self._reroute(set(on.tolist()) - {-1}, now_s)
-
-    def _reroute(self, instances: Collection[int], now_s: float) -> None:
-        """Send what these instances had elsewhere."""
-        orphans = [entry for entry in self.in_flight.values() if entry.instance in instances]
-        for entry in orphans:
-            self._take_back(entry)
-            entry.first_token_s = entry.first_token_seen_s = float("nan")
-            entry.done_tokens = 0
-            if entry.attempts - entry.returns >= self.spec.control.max_attempts:
-                self._end(entry, "lost", float("nan"), float("nan"), 0)
-            else:
-                self._route(entry, now_s)
+        self.dispatcher.reroute(set(on.tolist()) - {-1}, now_s)
 
     def _refresh_up(self, node: Node) -> None:
         """Which instances of a node take requests."""
@@ -638,138 +521,12 @@ class Coordinator:
 
     def on_arrival(self, request: Request, now_s: float) -> None:
         """A request arrives at the front door."""
-        self.arrived_total += 1
-        tokens = request.prompt_tokens + request.image_tokens + request.output_tokens
-        entry = InFlight(request, tokens)
-        self.in_flight[request.id] = entry
-        self._route(entry, now_s)
+        self.dispatcher.arrive(request, now_s)
 
-    def _route(self, entry: InFlight, now_s: float) -> bool:
-        """Send a request to the router's choice, or hold it; True if it was sent."""
-        self.view.now_s = now_s
-        request = entry.request
-        chosen = self._router.route(request, self.view)
-        if chosen is None or not self._is_up(chosen):
-            if len(self._held) >= self.spec.control.hold_limit:
-                self._end(entry, "rejected", now_s, now_s, 0)
-            else:
-                self._held.append(entry)
-            return False
-        entry.instance = chosen
-        entry.attempts += 1
-        entry.routed_s = now_s
-        owed = self._owed
-        owed.requests[chosen] += 1
-        owed.tokens[chosen] += entry.tokens
-        due_tokens = request.prompt_tokens + request.image_tokens + entry.done_tokens
-        entry.prefill_due_tokens = due_tokens
-        owed.prefill_tokens[chosen] += due_tokens
-        node = self.layout.nodes[self._node_of[chosen]]
-        local = chosen - node.instances.start
-        if entry.done_tokens:
-            body = Submit(local, entry.rest, math.inf)
-        else:
-            body = Submit(local, request, self._classes[request.slo_class].ttft_s)
-        self._submit(node, body, now_s)
-        return True
-
-    def _is_up(self, instance: int) -> bool:
-        up = self.layout.instances.up
-        if not 0 <= instance < len(up):
-            raise PolicyError(
-                f"router {self.spec.router.use!r}: instance {instance} is none of 0..{len(up) - 1}"
-            )
-        return bool(up[instance])
-
-    def _release_held(self, now_s: float) -> None:
-        """Offer held requests to the router again, oldest first."""
-        for _ in range(len(self._held)):
-            if not self._route(self._held.popleft(), now_s):
-                # Put back at the end: restore its place at the front.
-                self._held.rotate(1)
-                break
-
-    def _take_back(self, entry: InFlight) -> None:
-        instance = entry.instance
-        if instance >= 0:
-            self._owed.requests[instance] -= 1
-            self._owed.tokens[instance] -= entry.tokens
-            self._prefilled(entry)
-        entry.instance = -1
-
-    def _prefilled(self, entry: InFlight) -> None:
-        """No prompt of this request is due where it is: it has a token, or leaves."""
-        self._owed.prefill_tokens[entry.instance] -= entry.prefill_due_tokens
-        entry.prefill_due_tokens = 0
-
-    def _end(
-        self, entry: InFlight, status: str, t_s: float, seen_s: float, preemptions: int
-    ) -> None:
-        request = entry.request
-        self.in_flight.pop(request.id, None)
-        self.ended_total += 1
-        self._record_request(entry, status, t_s, seen_s, preemptions)
-        self._take_back(entry)
-
-    def _record_request(
-        self, entry: InFlight, status: str, t_s: float, seen_s: float, preemptions: int
-    ) -> None:
-        request = entry.request
-        slo_class = self._classes[request.slo_class]
-        if self._every > 1:
-            self._tally(request, slo_class, entry, status, seen_s)
-            if request.id % self._every:
-                return
-        # In the order of the table.
-        self._records.request(
-            (
-                request.id,
-                request.tenant,
-                request.slo_class,
-                slo_class.pool,
-                entry.instance,
-                request.arrival_s,
-                entry.routed_s,
-                entry.first_token_s,
-                entry.first_token_seen_s,
-                t_s,
-                seen_s,
-                request.prompt_tokens,
-                request.image_tokens,
-                request.num_images,
-                request.output_tokens,
-                preemptions,
-                entry.attempts,
-                status,
-                slo_class.ttft_s,
-                slo_class.tpot_s,
-            )
-        )
-
-    def _tally(
-        self, request: Request, slo_class: ClassSpec, entry: InFlight, status: str, seen_s: float
-    ) -> None:
-        """Count a request whose row may not be kept."""
-        key = (request.slo_class, status)
-        sums = self._sums.get(key)
-        if sums is None:
-            sums = self._sums[key] = [0, 0, 0, 0, 0]
-        sums[0] += 1
-        sums[1] += request.prompt_tokens
-        sums[2] += request.image_tokens
-        sums[3] += request.output_tokens
-        if status == "completed":
-            # The rule of testbed.analysis.latency.
-            first_s, gaps = entry.first_token_seen_s, request.output_tokens - 1
-            slow = first_s - request.arrival_s > slo_class.ttft_s
-            slow = slow or (gaps > 0 and (seen_s - first_s) / gaps > slo_class.tpot_s)
-            sums[4] += not slow
-
-    def _record_totals(self, now_s: float) -> None:
-        self._totals_s = now_s
-        for (name, status), sums in sorted(self._sums.items()):
-            self._records.totals(now_s, name, status, sums)
-        self._sums.clear()
+    def _send_request(self, instance: int, request: Request, ttft_s: float, now_s: float) -> None:
+        """Send a request to the node of an instance."""
+        node = self.layout.nodes[self.layout.instances.node[instance]]
+        self._hub.send(node.name, Submit(instance - node.instances.start, request, ttft_s), now_s)
 
     # What policies decide.
 
@@ -1055,7 +812,7 @@ class Coordinator:
         for index in np.unique(instances.node[targets]):
             self._refresh_up(self.layout.nodes[index])
         if not command.drain:
-            self._release_held(now_s)
+            self.dispatcher.release_held(now_s)
         return changed
 
     def _record_command(
@@ -1113,8 +870,7 @@ class Coordinator:
         if self._building is not None:
             self._move_building(self._building, now_s)
         self._record_rows(now_s)
-        if self._sums and now_s - self._totals_s >= TOTALS_PERIOD_S - 1e-9:
-            self._record_totals(now_s)
+        self.dispatcher.sum_up(now_s)
 
     def _renew(self, now_s: float) -> None:
         control = self.spec.control
@@ -1167,10 +923,7 @@ class Coordinator:
 
     def stop(self, now_s: float, reason: str) -> None:
         """Tell all nodes to leave, and write down the requests that were still on their way."""
-        self.stopping = True
-        for entry in list(self.in_flight.values()):
-            self._record_request(entry, "in_flight", float("nan"), float("nan"), 0)
-        self._record_totals(now_s)
+        self.dispatcher.stop(now_s)
         for node in self.layout.nodes:
             if node.incarnation:
                 self._hub.send(node.name, Stop(reason), now_s)

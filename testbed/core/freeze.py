@@ -43,6 +43,13 @@ class _NamedError(FreezeError):
     """One that says already which attribute it is about."""
 
 
+class _Kept:
+    """The state of an object with a ``WIRED``, as a file had it."""
+
+    def __init__(self, kind: type[Any]) -> None:
+        self.__kind__ = kind
+
+
 def freeze(value: Any) -> bytes:
     """Bytes of a value.
 
@@ -64,9 +71,13 @@ def thaw(data: bytes) -> Any:
 
 def attributes(thing: Any) -> dict[str, Any]:
     """The attributes of an object that are its state."""
+    if isinstance(thing, _Kept):
+        return {name: value for name, value in vars(thing).items() if name != "__kind__"}
     wired = set(getattr(type(thing), "WIRED", ()))
-    slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
-    names = [name for name in (*getattr(thing, "__dict__", ()), *slots) if name not in wired]
+    found = [*getattr(thing, "__dict__", ())]
+    for kind in type(thing).__mro__:
+        found += vars(kind).get("__mypyc_attrs__", vars(kind).get("__slots__", ()))
+    names = [name for name in dict.fromkeys(found) if name not in wired]
     return {name: getattr(thing, name) for name in names if hasattr(thing, name)}
 
 
@@ -81,22 +92,28 @@ def put_back(thing: Any, kept: Any) -> None:
         FreezeError: they differ in class or attributes: the checkpoint is of another version.
     """
     kind, state = type(thing), attributes(kept)
+    was = _kind_of(kept)
     declared = _declares(thing)
     odd = sorted(state.keys() ^ attributes(thing).keys()) if declared else []
-    if odd or type(kept) is not kind:
-        what = f"has other attributes ({', '.join(odd)})" if odd else f"was a {type(kept).__name__}"
+    if odd or was is not kind:
+        what = f"has other attributes ({', '.join(odd)})" if odd else f"was a {was.__name__}"
         raise FreezeError(f"checkpoint of another version: {kind.__name__} {what}")
     for name, value in state.items():
         old = getattr(thing, name, None)
         array = isinstance(value, np.ndarray)
         if declared and array and isinstance(old, np.ndarray) and old.shape == value.shape:
             old[...] = value
-        elif _declares(old) and type(old) is type(value):
+        elif _declares(old) and type(old) is _kind_of(value):
             put_back(old, value)
         else:
             setattr(thing, name, value)
     if declared and hasattr(thing, "resumed"):
         thing.resumed()
+
+
+def _kind_of(thing: Any) -> type[Any]:
+    kind: type[Any] = thing.__kind__ if isinstance(thing, _Kept) else type(thing)
+    return kind
 
 
 def _declares(thing: Any) -> bool:
@@ -189,8 +206,10 @@ class _Freezer:
 
 
 def _has_attributes(thing: Any) -> bool:
-    """Whether `attributes` sees them: compiled classes show none."""
-    return hasattr(thing, "__dict__") or any("__slots__" in vars(k) for k in type(thing).__mro__)
+    """Whether `attributes` sees them."""
+    kinds = type(thing).__mro__
+    shown = any("__slots__" in vars(kind) or "__mypyc_attrs__" in vars(kind) for kind in kinds)
+    return shown or hasattr(thing, "__dict__")
 
 
 class _Thawer:
@@ -227,7 +246,13 @@ class _Thawer:
         made: Any
         if kind == "object":
             known = _class_of(rest[0])
-            self._made[place] = made = object.__new__(known)
+            if hasattr(known, "WIRED"):
+                made = _Kept(known)
+            elif "__mypyc_attrs__" in vars(known):
+                made = known()  # compiled: there is no other way to one
+            else:
+                made = object.__new__(known)
+            self._made[place] = made
             for name, value in rest[1]:
                 object.__setattr__(made, name, self.unmarked(value))
         elif kind == "dict":

@@ -21,7 +21,8 @@ from testbed.core.errors import SpecError
 from testbed.core.freeze import freeze, put_back
 from testbed.core.spec import RunSpec
 from testbed.recorder.writer import Recorder
-from testbed.shells.lean import LEAN_DELAY_S, BankReports, RequestPath
+from testbed.shells.lean import LEAN_DELAY_S, BankReports
+from testbed.shells.request_path import RequestPath
 from testbed.shells.schedule import Desk, NodeSchedule, Waiting
 
 
@@ -104,7 +105,7 @@ def restore(stage: Stage, kept: dict[str, Any]) -> None:
     loop, desk = stage.loop, stage.desk
     loop.now_s = kept["now_s"]
     stage.servers.restore(kept["servers"])
-    arrived = kept["parts"]["coordinator"][0].arrived_total
+    arrived = kept["parts"]["dispatcher"][0].arrived_total
     (stage.path or desk).skip(arrived)
     for name, things in _parts(stage).items():
         for thing, state in zip(things, kept["parts"][name], strict=True):
@@ -136,9 +137,11 @@ def _waiting(stage: Stage) -> list[tuple[float, int, str, int, Waiting]]:
 
 def _parts(stage: Stage) -> dict[str, list[Any]]:
     """Everything that has a state, beside servers and recorder."""
-    layout = stage.desk.coordinator.layout
+    coordinator = stage.desk.coordinator
+    layout = coordinator.layout
     return {
-        "coordinator": [stage.desk.coordinator],
+        "coordinator": [coordinator],
+        "dispatcher": [coordinator.dispatcher],
         "columns": [layout.gpus, layout.instances, layout.tenants, layout.rows],
         "nodes": layout.nodes,
         "schedules": stage.nodes,

@@ -241,7 +241,7 @@ class Desk:
         if wall - self._shown >= 1.0:
             self._shown = wall
             self._parts.progress(self.status(now_s))
-        over = now_s >= spec.duration_s - 1e-9 and not coordinator.in_flight
+        over = now_s >= spec.duration_s - 1e-9 and not coordinator.dispatcher.in_flight
         if over or now_s >= spec.duration_s + spec.drain_s - 1e-9:
             self._loop.stop()
             return
@@ -256,9 +256,9 @@ class Desk:
             now_s=now_s,
             duration_s=self._parts.spec.duration_s,
             wall_s=time.monotonic() - self._started,
-            arrived=coordinator.arrived_total,
-            ended=coordinator.ended_total,
-            in_flight=len(coordinator.in_flight),
+            arrived=coordinator.dispatcher.arrived_total,
+            ended=coordinator.dispatcher.ended_total,
+            in_flight=len(coordinator.dispatcher.in_flight),
             nodes=coordinator.num_live,
             num_nodes=len(coordinator.layout.nodes),
             power_w=float(gpus.power_avg_w.sum()),

@@ -25,8 +25,9 @@ from testbed.core.messages import Bye, Envelope
 from testbed.core.transport.memory import Network
 from testbed.shells.checkpoint import Checkpoints, Stage
 from testbed.shells.checkpoint import check as check_checkpoints
-from testbed.shells.lean import LEAN_DELAY_S, BankReports, RequestPath
+from testbed.shells.lean import LEAN_DELAY_S, BankReports
 from testbed.shells.plant import emulated_bank, gpu_faults, tenant_plan
+from testbed.shells.request_path import RequestPath
 from testbed.shells.schedule import Desk, NodeSchedule, Parts
 
 

@@ -216,7 +216,7 @@ def test_a_new_life_of_a_node_has_forgotten_its_requests(world):
     assert len(world.fake.of(Submit)) == 2
     late = Progress([1], ["finished"], [1.5], [0])
     world.on_message(Envelope(NODES[0], 1, 9, 1.5, late), 2.1)
-    assert 1 in world.in_flight, "a word of the old life counts for nothing"
+    assert 1 in world.dispatcher.in_flight, "a word of the old life counts for nothing"
 
 
 def test_a_request_that_keeps_losing_its_node_is_given_up(world):
@@ -225,7 +225,7 @@ def test_a_request_that_keeps_losing_its_node_is_given_up(world):
     for life in (2, 3, 4):
         join(world, NODES[0], life=life, now_s=float(life))
     assert len(world.fake.of(Submit)) == world.spec.control.max_attempts == 3
-    assert not world.in_flight
+    assert not world.dispatcher.in_flight
 
 
 def test_finished_requests_are_taken_off_the_account(world):
@@ -235,7 +235,7 @@ def test_finished_requests_are_taken_off_the_account(world):
     done = Progress([1, 1], ["first_token", "finished"], [1.1, 1.2], [0, 0])
     world.on_message(Envelope(NODES[0], 1, 3, 1.2, done), 1.2)
     assert world.view.instances.outstanding_tokens[0] == 0
-    assert world.ended_total == 1
+    assert world.dispatcher.ended_total == 1
 
 
 def test_a_lost_gpu_takes_its_instance_down(world):

@@ -567,6 +567,14 @@ def test_emulated_and_virtual_runs_agree(tmp_path):
         said = {}
         for mode, folder in folders.items():
             found = columns(folder, table)
+            if table == "commands":
+                # Live runs decide half a sample period later, between two samples.
+                found["t_s"] = (found["t_s"] - (mode == "emulated") * 0.05).round(6)
+            elif table == "layout":
+                # So a sample may show a start of 55 ms in one and not in the other.
+                shown = np.flatnonzero(found["state"] != STARTING)
+                shown = shown[np.argsort(found["instance"][shown], kind="stable")]
+                found = {name: found[name][shown] for name in names}
             said[mode] = [found[name].tolist() for name in names]
         assert said["emulated"] == said["virtual"], table
     ready = [columns(folder, "layout")["ready_s"] for folder in folders.values()]

@@ -66,10 +66,11 @@ def test_compiled_and_interpreted_engines_give_the_same_bits():
 def test_a_build_belongs_to_its_sources(tmp_path, monkeypatch):
     before = compiled.build_folder(tmp_path)
     for name in compiled.MODULES:
-        (tmp_path / f"{name}.py").write_bytes((ROOT / "emulators" / f"{name}.py").read_bytes())
-    monkeypatch.setattr(compiled, "_HERE", tmp_path)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.setattr(compiled, "_ROOT", tmp_path)
     assert compiled.build_folder(tmp_path) == before
-    with (tmp_path / "engine.py").open("a") as file:
+    with (tmp_path / compiled.MODULES[0]).open("a") as file:
         file.write("# edited\n")
     assert compiled.build_folder(tmp_path) != before
 
@@ -77,7 +78,7 @@ def test_a_build_belongs_to_its_sources(tmp_path, monkeypatch):
 def test_what_was_not_built_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = ["here"]
-    compiled.use(path)
+    compiled.use("emulators", path)
     assert path == ["here"]
 
 

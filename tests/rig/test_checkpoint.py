@@ -210,7 +210,7 @@ def test_checkpoints_change_nothing(tmp_path):
 
 def test_killed_twice_from_the_command_line(tmp_path, small_spec):
     """SIGKILL, wherever it hits."""
-    sets = ["duration_s=600", "record.checkpoint_s=20", "record.views=false"]
+    sets = ["duration_s=1200", "record.checkpoint_s=20", "record.views=false"]
     words = [word for each in sets for word in ("--set", each)]
     whole = cli("run", small_spec, "--mode", "virtual", "--no-report", "--json", *words,
                 "--out", tmp_path / "whole")  # fmt: skip

@@ -12,7 +12,8 @@ from testbed import rig
 from testbed.core.spec import parse_spec
 from testbed.recorder.reader import Recording
 from testbed.shells import virtual
-from testbed.shells.lean import BankReports, RequestPath
+from testbed.shells.lean import BankReports
+from testbed.shells.request_path import RequestPath
 from tests.conftest import SMALL, table_hashes
 from tests.rig.test_plant import PLANT, events, hard
 
