@@ -24,11 +24,14 @@ from emulators.profiles import load_gpu
 from testbed.core.errors import SpecError
 from testbed.core.messages import (
     GpuInfo,
+    GpuReadings,
     InstanceConfig,
+    InstanceReadings,
     NodeConfig,
     SlotReadings,
     StartHow,
     TenantInfo,
+    TenantReadings,
 )
 from testbed.core.names import gpu_name, instance_name, row_of, slot_name
 from testbed.core.spec import RunSpec
@@ -59,6 +62,7 @@ class Node:
 
     WIRED: ClassVar = (
         "name", "index", "row", "gpus", "instances", "tenants", "infos", "tenant_infos", "counts",
+        "report_bytes",
     )  # fmt: skip
     name: str
     index: int
@@ -97,10 +101,17 @@ class Node:
     tenant_infos: list[TenantInfo] = field(default_factory=list)
     counts: list[int] = field(init=False)
     """Its GPUs, instances and tenants."""
+    report_bytes: tuple[int, int, int] = field(init=False)
+    """What its report has of each."""
 
     def __post_init__(self) -> None:
         places = (self.gpus, self.instances, self.tenants)
-        self.counts = [place.stop - place.start for place in places]
+        self.counts = gpus, instances, tenants = [place.stop - place.start for place in places]
+        self.report_bytes = (
+            gpus * GpuReadings.size_bytes,
+            instances * InstanceReadings.size_bytes,
+            tenants * TenantReadings.size_bytes,
+        )
 
 
 class Layout:

@@ -40,8 +40,11 @@ MAX_MESSAGE_BYTES = 16 << 20
 """Longest message a socket accepts. A report of 10,000 GPUs is about 0.9 MB."""
 
 
-class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What every part of a message shares: immutable, and strict about unknown fields."""
+class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """What every part of a message shares: immutable, and strict about unknown fields.
+
+    The collector does not follow them: what cannot be changed is in no cycle, and there are many.
+    """
 
 
 class GpuInfo(Frozen, frozen=True):
@@ -297,6 +300,13 @@ class Report(Frozen, frozen=True, tag=True):
             or len(self.tenants) % _TENANT_BYTES
         ):
             raise ValueError("readings are no whole number of records")
+
+    @property
+    def counts(self) -> list[int]:
+        """GPUs, instances and tenants that it is of."""
+        sizes = (_GPU_BYTES, _INSTANCE_BYTES, _TENANT_BYTES)
+        packed = (self.gpus, self.instances, self.tenants)
+        return [len(data) // size for data, size in zip(packed, sizes, strict=True)]
 
 
 def report(

@@ -25,7 +25,7 @@ from testbed.core.clock import (
     LiveScheduler,
 )
 from testbed.core.errors import TransportError
-from testbed.core.messages import Ack, Envelope, Hello, Ping, Pong, Report
+from testbed.core.messages import Ack, Envelope, Hello, Ping, Pong
 from testbed.core.names import row_of
 from testbed.core.spec import RunSpec
 from testbed.core.transport.zmq import Curve, ZmqHub
@@ -59,17 +59,22 @@ def run_live(
     started = False
 
     def deliver(envelope: Envelope, due_s: float) -> None:
-        if started and type(envelope.body) is Report:
-            desk.deliver(envelope, due_s)
-        elif isinstance(envelope.body, Ping):
+        if isinstance(envelope.body, Ping):
             # Answered at once: the round trip is what the node measures.
             hub.send(envelope.source, Pong(envelope.body.sent_ns, time.monotonic_ns()), 0.0)
         elif started:
             if isinstance(envelope.body, Ack):
+                # Nothing is decided by it: it need not wait until it is due.
                 wire.answered(desk.coordinator, envelope.source, envelope.body)
-            desk.deliver(envelope, due_s)
+                desk.coordinator.on_message(envelope, due_s)
+            else:
+                desk.deliver(envelope, due_s)
         elif isinstance(envelope.body, Hello):
             greetings[envelope.source] = envelope
+
+    def deliver_reports(words: list[Envelope], due_s: float) -> None:
+        if started:
+            desk.deliver_reports(words, due_s)
 
     loop = LiveScheduler(lambda timeout_s: hub.poll(timeout_s))
     wire = _Wire(loop)
@@ -78,7 +83,14 @@ def run_live(
             stack.enter_context(
                 realtime(partial(parts.records.event, 0.0, "warning", "coordinator", "realtime"))
             )
-        hub = ZmqHub(bind, deliver, spec.transport.delay_s, now_s=loop.wall_s, curve=curve)
+        hub = ZmqHub(
+            bind,
+            deliver,
+            spec.transport.delay_s,
+            now_s=loop.wall_s,
+            deliver_reports=deliver_reports,
+            curve=curve,
+        )
         stack.callback(hub.close)
         names = spec.node_names()
         crew = Crew(

@@ -27,7 +27,7 @@ from testbed.core.clock import (
     Scheduler,
     VirtualScheduler,
 )
-from testbed.core.messages import Envelope, Report, merge
+from testbed.core.messages import Envelope, Report, RowReport
 from testbed.core.spec import RunSpec
 from testbed.recorder.writer import Recorder
 
@@ -161,29 +161,34 @@ class Desk:
 
     def deliver(self, envelope: Envelope, due_s: float) -> None:
         """A message has arrived that is due at ``due_s``."""
-        if isinstance(envelope.body, Report):
-            self._bank(envelope, due_s)
+        if isinstance(envelope.body, Report | RowReport):
+            self.deliver_reports([envelope], due_s)
             return
         take = partial(self.coordinator.on_message, envelope)
         self._loop.call_at(due_s, DELIVERY, take, envelope.source)
 
-    def _bank(self, envelope: Envelope, due_s: float) -> None:
-        """Reports that are due together are taken in together: that costs a tenth."""
-        moment = (due_s, envelope.t_s)
-        words = self._reports.get(moment)
-        if words is None:
-            words = self._reports[moment] = []
+    def deliver_reports(self, words: list[Envelope], due_s: float) -> None:
+        """Reports of one moment, of nodes or rows: all that are due together are taken in together,
+        which costs a tenth."""
+        moment = (due_s, words[0].t_s)
+        others = self._reports.get(moment)
+        if others is None:
+            self._reports[moment] = words
             self._loop.call_at(due_s, DELIVERY, partial(self._take_reports, moment))
-        words.append(envelope)
+        else:
+            others += words
 
     def _take_reports(self, moment: tuple[float, float], now_s: float) -> None:
         words = self._reports.pop(moment)
         words.sort(key=_source)  # the order in which they came is the network's affair
-        if len(words) > _TOGETHER_MAX:
-            self._reports[moment] = words[_TOGETHER_MAX:]
+        count = _TOGETHER_MAX
+        if type(words[0].body) is RowReport:
+            count = 1 + count // (1 + len(words[0].body.node))
+        if len(words) > count:
+            self._reports[moment] = words[count:]
             self._loop.call_at(moment[0], DELIVERY, partial(self._take_reports, moment))
-            del words[_TOGETHER_MAX:]
-        self.coordinator.on_reports(merge(words), moment[1], now_s)
+            del words[count:]
+        self.coordinator.on_reports(words, moment[1], now_s)
 
     # For checkpoints, as those of `NodeSchedule`.
 

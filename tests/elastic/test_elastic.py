@@ -559,6 +559,7 @@ def test_emulated_and_virtual_runs_agree(tmp_path):
     ours, theirs = (summary_of(folders[mode]) for mode in ("virtual", "emulated"))
     assert theirs["requests"] == pytest.approx(ours["requests"])
     assert theirs["energy_j"] == pytest.approx(ours["energy_j"], rel=0.05)
+    ready: list[np.ndarray] = []
     for table, names in (
         ("commands", ("t_s", "kind", "target_index", "value", "outcome")),
         ("layout", ("instance", "num_gpus", "model", "precision", "state")),
@@ -574,9 +575,9 @@ def test_emulated_and_virtual_runs_agree(tmp_path):
                 # So a sample may show a start of 55 ms in one and not in the other.
                 shown = np.flatnonzero(found["state"] != STARTING)
                 shown = shown[np.argsort(found["instance"][shown], kind="stable")]
-                found = {name: found[name][shown] for name in names}
+                found = {name: column[shown] for name, column in found.items()}
+                ready.append(found["ready_s"])
             said[mode] = [found[name].tolist() for name in names]
         assert said["emulated"] == said["virtual"], table
-    ready = [columns(folder, "layout")["ready_s"] for folder in folders.values()]
-    np.testing.assert_allclose(*ready, atol=0.05)
+    np.testing.assert_allclose(*ready, atol=0.06)
     assert replay(folders["emulated"], load_controller).same

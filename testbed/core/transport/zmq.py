@@ -31,6 +31,7 @@ last and answers that way. Both hops count: the relay's own sequence numbers, an
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import stat
 import time
@@ -81,6 +82,8 @@ _CONNECT_MS = 250
 _RECONNECT_MAX_MS = 1_000
 """Attempts back off to this, so that a lost coordinator is not met by a storm."""
 _ZAP_DOMAIN = "testbed"
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+"""As numbers: sums of flags take pyzmq's own multipart calls more time than the sockets do."""
 _UNTIMED = (Hello, Welcome, Refused, Ping, Pong, RelayStatus)
 """Said before the two ends agree on a clock; whether these are late means nothing."""
 
@@ -197,10 +200,9 @@ class _Sockets:
         try:
             if len(data) > MAX_MESSAGE_BYTES:
                 raise zmq.Again  # as good as a full queue: it will not get through
-            if to is None:
-                socket.send(data, zmq.NOBLOCK)
-            else:
-                socket.send_multipart((to, data), zmq.NOBLOCK)
+            if to is not None:
+                socket.send(to, _MORE)
+            socket.send(data, _NOBLOCK)
         except zmq.ZMQError:
             self.dropped_total += 1
             return False
@@ -245,6 +247,8 @@ class ZmqHub:
         deliver: gets what arrives.
         delay_s: from sent to due.
         now_s: the run's clock, to count what came after it was due.
+        deliver_reports: gets nodes' reports of one moment together, which costs less; by default
+            ``deliver`` gets each.
         curve: keys; without them only loopback addresses are bound.
         incarnation: grows with every life of the coordinator; by default the wall clock.
         hwm_messages: bound of each queue; by default ample.
@@ -261,6 +265,7 @@ class ZmqHub:
         delay_s: float,
         *,
         now_s: Callable[[], float],
+        deliver_reports: Callable[[list[Envelope], float], object] | None = None,
         curve: Curve | None = None,
         incarnation: int | None = None,
         hwm_messages: int | None = None,
@@ -279,6 +284,7 @@ class ZmqHub:
         self._routes: dict[str, str] = {}
         """Which relay a node is behind."""
         self._deliver, self._delay_s, self._now_s = deliver, delay_s, now_s
+        self._deliver_reports = deliver_reports or self._deliver_each
         self._guard: ThreadAuthenticator | None = None
         # Commands have an I/O thread of their own: they do not queue behind a fleet's reports.
         self._io = _Sockets(curve, host, control_apart=True)
@@ -373,9 +379,9 @@ class ZmqHub:
         for taken in range(limit):
             try:
                 if self._guard is None:
-                    frames = socket.recv_multipart(zmq.NOBLOCK)
+                    frames = _receive(socket, num_frames)
                 else:
-                    parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                    parts = socket.recv_multipart(_NOBLOCK, copy=False)
                     frames, key = [part.bytes for part in parts], str(parts[-1].get("User-Id"))
             except zmq.Again:
                 return taken
@@ -390,25 +396,38 @@ class ZmqHub:
 
         A frame is a message here; further frames of one are messages of their own, and bad.
         """
-        recv, counters, deliver = self._telemetry.recv, self._counters, self._deliver
+        recv, read, counters = self._telemetry.recv, self._io.read, self._counters
         now_s, delay_s = self._now_s(), self._delay_s
-        for taken in range(limit):
+        words: list[Envelope] = []
+        t_s = math.nan
+        taken = 0
+        while taken < limit:
             try:
-                data = recv(zmq.NOBLOCK)
+                data = recv(_NOBLOCK)
             except zmq.Again:
-                return taken
-            envelope = self._io.read(data)
+                break
+            taken += 1
+            envelope = read(data)
             if envelope is None:
                 continue
             counter = counters.get(envelope.source)
             if type(envelope.body) is not Report or counter is None or counter.key:
                 self._take((data,), "", "telemetry", now_s)
             elif counter.count(envelope.incarnation, envelope.sequence, "telemetry"):
-                due_s = envelope.t_s + delay_s
-                if now_s > due_s:
+                if envelope.t_s != t_s:
+                    if words:
+                        self._deliver_reports(words, t_s + delay_s)
+                    words, t_s = [], envelope.t_s
+                if now_s > t_s + delay_s:
                     counter.stats.late_total += 1
-                deliver(envelope, due_s)
-        return limit
+                words.append(envelope)
+        if words:
+            self._deliver_reports(words, t_s + delay_s)
+        return taken
+
+    def _deliver_each(self, words: list[Envelope], due_s: float) -> None:
+        for envelope in words:
+            self._deliver(envelope, due_s)
 
     def _take(self, frames: Sequence[bytes], key: str, stream: Stream, now_s: float) -> None:
         envelope = self._io.read(frames[-1])
@@ -539,6 +558,8 @@ class ZmqSpoke(NodeEnd):
         deliver: gets what arrives.
         delay_s: from sent to due.
         now_s: the run's clock, to count what came after it was due.
+        deliver_reports: gets nodes' reports of one moment together, which costs less; by default
+            ``deliver`` gets each.
         curve: keys; without them only loopback addresses are connected to.
         hwm_messages: bound of each queue; by default ample.
 
@@ -615,7 +636,7 @@ class ZmqSpoke(NodeEnd):
             return
         for _ in range(_DRAIN_MESSAGES):
             try:
-                frames = self.control.recv_multipart(zmq.NOBLOCK)
+                frames = _receive(self.control, 1)
             except zmq.Again:
                 return
             if len(frames) == 1:
@@ -635,6 +656,17 @@ class ZmqSpoke(NodeEnd):
     def close(self) -> None:
         """Release the sockets without waiting for the peer."""
         self._io.close()
+
+
+def _receive(socket: zmq.Socket[bytes], num_frames: int) -> list[bytes]:
+    """The frames of the next message, which has at least so many; it may have more."""
+    frames = [socket.recv(_NOBLOCK) for _ in range(num_frames - 1)]
+    last = socket.recv(_NOBLOCK, copy=False)
+    frames.append(last.bytes)
+    while last.more:
+        last = socket.recv(_NOBLOCK, copy=False)
+        frames.append(last.bytes)
+    return frames
 
 
 def hand_over(
