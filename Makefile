@@ -12,7 +12,7 @@ help:
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
-	-$(BIN)/python -c 'from emulators import compiled; compiled.build()'
+	-$(BIN)/python -c 'from testbed.core import compiled; compiled.build()'
 	@touch $@
 
 ## make run                 set up, then the main job; ends with runs/<id>/report.html

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from emulators.compiled import PURE_VARIABLE, cache_folder
 from emulators.power import NUM_LEVELS, levels_frac
 from emulators.profiles import GpuProfile
 from emulators.state import CONTROL, MEASURED, GpuState
+from testbed.core.compiled import PURE_VARIABLE, cache_folder
 from testbed.core.errors import DeviceError
 from testbed.core.messages import GpuReadings
 from testbed.core.view import Floats, Ints

@@ -55,6 +55,7 @@ from testbed.core.messages import (
     report,
 )
 from testbed.core.spec import RunSpec, parse_spec
+from testbed.core.transport.intake import NOBLOCK
 from testbed.core.transport.zmq import Curve, ZmqSpoke, generate_keys, new_context
 from testbed.recorder.reader import Recording
 from testbed.shells.live import realtime as at_realtime
@@ -67,7 +68,6 @@ _LIFE_MAX_S = 300.0
 _BEHIND_MAX_S = 0.5
 """A generator that is further behind leaves out ticks, and counts them."""
 _NODES_MAX = 100_000
-_NOBLOCK = int(zmq.NOBLOCK)
 _SWING_W, _SWING_PERIOD_S = 180.0, 30.0
 """How a row's load rises and falls about 450 W a GPU; its budget is 600."""
 
@@ -736,7 +736,7 @@ class _Generator:
             data = templates[index].fill(number, time_bytes, packed[place : place + size])
             self.reports += 1
             try:
-                self.telemetry[index].send(data, _NOBLOCK)
+                self.telemetry[index].send(data, NOBLOCK)
             except zmq.Again:
                 self.dropped += 1
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from emulators.compiled import cache_folder
 from testbed import rig
 from testbed.analysis.drawing import BLUE, GREY, Figure
 from testbed.analysis.pictures import save
@@ -33,6 +32,7 @@ from testbed.bench import (
     check_count,
     check_rate,
 )
+from testbed.core.compiled import cache_folder
 from testbed.core.errors import SpecError, TestbedError
 from testbed.core.spec import RunSpec, parse_spec
 

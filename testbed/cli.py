@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from emulators import compiled
 from emulators.models import available_models
 from emulators.profiles import available_gpus
 from testbed import bench_scale, rig
@@ -36,6 +35,7 @@ from testbed.bench import bench_engine
 from testbed.bench_live import bench_intake, bench_lateness, bench_lateness_series
 from testbed.bench_timing import bench_evaluation
 from testbed.calibrate import calibrate, load_profile, validate, write_profile
+from testbed.core import compiled
 from testbed.core.errors import DeviceError, SpecError, TestbedError
 from testbed.core.spec import PolicySpec, load_spec
 from testbed.core.transport.zmq import generate_keys

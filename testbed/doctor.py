@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from daemons.devices import cgroup
 from daemons.devices.nvml import NvmlGpus
 from daemons.devices.zram import swap_bytes
-from emulators import compiled
+from testbed.core import compiled
 from testbed.core.errors import DeviceError
 
 

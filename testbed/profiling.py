@@ -25,13 +25,13 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 import emulators
-from emulators.compiled import cache_folder
 from emulators.gpu import GpuBank
 from emulators.models import load_model
 from emulators.profiles import GpuProfile, load_gpu
 from emulators.server import ServerBank
 from emulators.state import GpuState
 from testbed import workloads
+from testbed.core.compiled import cache_folder
 from testbed.core.messages import EngineConfig, InstanceConfig, Request
 from testbed.core.spec import ClassSpec, RunSpec
 from testbed.core.view import Floats, Ints

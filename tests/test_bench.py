@@ -7,10 +7,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from emulators import compiled
 from testbed import bench_scale
 from testbed.bench import bench_engine, bench_requests
 from testbed.cli import main
+from testbed.core import compiled
 from testbed.core.errors import TraceError
 from tests.conftest import cli
 

@@ -1,5 +1,5 @@
 """The control loop: what is known of the cluster, who decides, and what nodes are told."""
 
-from emulators import compiled
+from testbed.core import compiled
 
 compiled.use(__name__, __path__)

@@ -1,7 +1,7 @@
 """Requests on their way: routed, held while nothing is up for them, and written down at their end.
 
 Plain and typed throughout, since most of a fleet's run is spent here: where the engine has been
-compiled (`emulators.compiled`), so has this.
+compiled (`testbed.core.compiled`), so has this.
 """
 
 from __future__ import annotations

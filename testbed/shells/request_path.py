@@ -1,6 +1,6 @@
 """Requests between coordinator and engines in a virtual run, without messages.
 
-Compiled with the engine (`emulators.compiled`): every request of a run passes here four times.
+Compiled with the engine (`testbed.core.compiled`): every request of a run passes here four times.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ import numpy as np
 from testbed.core.errors import TransportError
 from testbed.core.messages import Body, Envelope, decode, encode
 from testbed.core.topics import TOPICS, Stream
-from testbed.core.transport.base import COORDINATOR, Deliver, PeerCounter, StreamStats
+from testbed.core.transport.base import COORDINATOR, Deliver
+from testbed.core.transport.intake import PeerCounter, StreamStats
 
 
 class _Link:

@@ -31,7 +31,6 @@ last and answers that way. Both hops count: the relay's own sequence numbers, an
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 import stat
 import time
@@ -57,14 +56,14 @@ from testbed.core.messages import (
     Pong,
     Refused,
     RelayStatus,
-    Report,
     RowReport,
     Welcome,
     decode,
     encode,
 )
 from testbed.core.topics import TOPICS, Stream
-from testbed.core.transport.base import COORDINATOR, Deliver, PeerCounter, StreamStats
+from testbed.core.transport.base import COORDINATOR, Deliver
+from testbed.core.transport.intake import NOBLOCK, PeerCounter, ReportIntake, StreamStats
 
 _CONTROL_HWM_MESSAGES = 10_000
 """Per peer and direction: many seconds of a busy node, then drops are counted."""
@@ -82,8 +81,7 @@ _CONNECT_MS = 250
 _RECONNECT_MAX_MS = 1_000
 """Attempts back off to this, so that a lost coordinator is not met by a storm."""
 _ZAP_DOMAIN = "testbed"
-_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-"""As numbers: sums of flags take pyzmq's own multipart calls more time than the sockets do."""
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _UNTIMED = (Hello, Welcome, Refused, Ping, Pong, RelayStatus)
 """Said before the two ends agree on a clock; whether these are late means nothing."""
 
@@ -202,7 +200,7 @@ class _Sockets:
                 raise zmq.Again  # as good as a full queue: it will not get through
             if to is not None:
                 socket.send(to, _MORE)
-            socket.send(data, _NOBLOCK)
+            socket.send(data, NOBLOCK)
         except zmq.ZMQError:
             self.dropped_total += 1
             return False
@@ -284,7 +282,6 @@ class ZmqHub:
         self._routes: dict[str, str] = {}
         """Which relay a node is behind."""
         self._deliver, self._delay_s, self._now_s = deliver, delay_s, now_s
-        self._deliver_reports = deliver_reports or self._deliver_each
         self._guard: ThreadAuthenticator | None = None
         # Commands have an I/O thread of their own: they do not queue behind a fleet's reports.
         self._io = _Sockets(curve, host, control_apart=True)
@@ -303,6 +300,14 @@ class ZmqHub:
             self.close()
             raise
         self.endpoint = _join(host, port)
+        self._reports = ReportIntake(
+            self._telemetry.recv,
+            self._counters,
+            delay_s,
+            deliver_reports or self._deliver_each,
+            self._take_telemetry,
+            keyed=curve is not None,
+        )
         self._io.listen(self._control)
         self._io.listen(self._telemetry)
 
@@ -341,7 +346,7 @@ class ZmqHub:
     @property
     def bad_total(self) -> int:
         """Frames that were no message of ours, or not from whom they said."""
-        return self._io.bad_total
+        return self._io.bad_total + self._reports.bad_total
 
     def send(self, to: str, body: Body, t_s: float) -> bool:
         """Queue a message to a node; False if it is not connected or its queue is full."""
@@ -365,65 +370,31 @@ class ZmqHub:
             return
         control = _DRAIN_MESSAGES
         for _ in range(_DRAIN_MESSAGES // _SLICE_MESSAGES):
-            control -= self._drain(self._control, "control", 2, control)
-            if self._guard is None:
-                taken = self._drain_reports(_SLICE_MESSAGES)
-            else:
-                taken = self._drain(self._telemetry, "telemetry", 1, _SLICE_MESSAGES)
+            control -= self._drain_control(control)
+            taken = self._reports.drain(_SLICE_MESSAGES, self._now_s())
             if taken < _SLICE_MESSAGES:
                 break
 
-    def _drain(self, socket: zmq.Socket[bytes], stream: Stream, num_frames: int, limit: int) -> int:
+    def _drain_control(self, limit: int) -> int:
         """Take in up to ``limit`` messages; returns how many."""
         key, now_s = "", self._now_s()
         for taken in range(limit):
             try:
                 if self._guard is None:
-                    frames = _receive(socket, num_frames)
+                    frames = _receive(self._control, 2)
                 else:
-                    parts = socket.recv_multipart(_NOBLOCK, copy=False)
+                    parts = self._control.recv_multipart(NOBLOCK, copy=False)
                     frames, key = [part.bytes for part in parts], str(parts[-1].get("User-Id"))
             except zmq.Again:
                 return taken
-            if len(frames) == num_frames:
-                self._take(frames, key, stream, now_s)
+            if len(frames) == 2:
+                self._take(frames, key, "control", now_s)
             else:
                 self._io.bad_total += 1
         return limit
 
-    def _drain_reports(self, limit: int) -> int:
-        """`_drain` of telemetry without keys, where a fleet's reports come: at half its cost.
-
-        A frame is a message here; further frames of one are messages of their own, and bad.
-        """
-        recv, read, counters = self._telemetry.recv, self._io.read, self._counters
-        now_s, delay_s = self._now_s(), self._delay_s
-        words: list[Envelope] = []
-        t_s = math.nan
-        taken = 0
-        while taken < limit:
-            try:
-                data = recv(_NOBLOCK)
-            except zmq.Again:
-                break
-            taken += 1
-            envelope = read(data)
-            if envelope is None:
-                continue
-            counter = counters.get(envelope.source)
-            if type(envelope.body) is not Report or counter is None or counter.key:
-                self._take((data,), "", "telemetry", now_s)
-            elif counter.count(envelope.incarnation, envelope.sequence, "telemetry"):
-                if envelope.t_s != t_s:
-                    if words:
-                        self._deliver_reports(words, t_s + delay_s)
-                    words, t_s = [], envelope.t_s
-                if now_s > t_s + delay_s:
-                    counter.stats.late_total += 1
-                words.append(envelope)
-        if words:
-            self._deliver_reports(words, t_s + delay_s)
-        return taken
+    def _take_telemetry(self, data: bytes, key: str, now_s: float) -> None:
+        self._take((data,), key, "telemetry", now_s)
 
     def _deliver_each(self, words: list[Envelope], due_s: float) -> None:
         for envelope in words:
@@ -660,11 +631,11 @@ class ZmqSpoke(NodeEnd):
 
 def _receive(socket: zmq.Socket[bytes], num_frames: int) -> list[bytes]:
     """The frames of the next message, which has at least so many; it may have more."""
-    frames = [socket.recv(_NOBLOCK) for _ in range(num_frames - 1)]
-    last = socket.recv(_NOBLOCK, copy=False)
+    frames = [socket.recv(NOBLOCK) for _ in range(num_frames - 1)]
+    last = socket.recv(NOBLOCK, copy=False)
     frames.append(last.bytes)
     while last.more:
-        last = socket.recv(_NOBLOCK, copy=False)
+        last = socket.recv(NOBLOCK, copy=False)
         frames.append(last.bytes)
     return frames
 

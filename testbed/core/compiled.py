@@ -28,6 +28,7 @@ MODULES = (
     "emulators/farm.py",
     "emulators/timing.py",
     "testbed/coordinator/dispatch.py",
+    "testbed/core/transport/intake.py",
     "testbed/shells/request_path.py",
 )
 """From the folder that the packages are in."""
@@ -37,7 +38,7 @@ ONCE_VARIABLE = "SERVING_TESTBED_COMPILED"
 _SHARED = "shared"
 """Folder of the library that the modules share: alone, since it comes to lie on ``sys.path``, where
 a folder called like the package would be taken for it by processes that are spawned."""
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 _OPTIONS = "opt_level=3, shared apart"
 
 _SETUP = """
@@ -90,9 +91,8 @@ def set_aside(path: MutableSequence[str]) -> None:
 
 def in_use() -> bool:
     """Whether this process runs the compiled engine."""
-    from emulators import engine
-
-    return not str(engine.__file__).endswith(".py")
+    found = util.find_spec("emulators.engine")
+    return found is not None and not str(found.origin).endswith(".py")
 
 
 def why_not() -> str:

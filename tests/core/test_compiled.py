@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from emulators import compiled
+from testbed.core import compiled
 from tests.conftest import ROOT
 
 needs_compiler = pytest.mark.skipif(bool(compiled.why_not()), reason=compiled.why_not())
@@ -17,7 +17,7 @@ needs_compiler = pytest.mark.skipif(bool(compiled.why_not()), reason=compiled.wh
 CODE = """
 import json
 import numpy as np
-from emulators import compiled
+from testbed.core import compiled
 from emulators.engine import Engine
 from emulators.models import load_model
 from emulators.profiles import load_gpu
@@ -93,7 +93,7 @@ def test_a_spawned_worker_imports_the_package_and_not_the_build(tmp_path):
         "import emulators.engine\n"
         "def where(_):\n"
         "    import emulators\n"
-        "    from emulators import compiled\n"
+        "    from testbed.core import compiled\n"
         "    return [emulators.__file__, compiled.in_use()]\n"
         "if __name__ == '__main__':\n"
         "    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:\n"
