@@ -114,6 +114,8 @@ class NodeDaemon:
         self._log = log
         self._gaps_s = 0.0
         self._safe_reported = False
+        self._refused = ""
+        """Why the last lease was refused; empty if it was not."""
 
     def hello(self, now_s: float) -> None:
         """Ask to be taken in; to be repeated until `welcome` is there."""
@@ -141,8 +143,10 @@ class NodeDaemon:
             refused = self._guard.accept(body, now_s)
             if refused:
                 self._log(f"lease refused: {refused}")
-            limits_w = self._guard.power_limits_w()
-            self._send(Ack(body.epoch, body.sequence, refused, limits_w), now_s)
+            if body.answer or refused or self._refused:
+                limits_w = self._guard.power_limits_w()
+                self._send(Ack(body.epoch, body.sequence, refused, limits_w), now_s)
+            self._refused = refused
         elif isinstance(body, TenantLimits):
             if self._tenants:
                 for tenant, limit in zip(body.tenant, body.memory_limit_bytes, strict=True):

@@ -612,6 +612,8 @@ class _Generator:
         if isinstance(body, Lease):
             place = self.index[name] * GPUS_PER_NODE
             self.limit_w[place : place + GPUS_PER_NODE] = body.power_limit_w
+            if not body.answer:
+                return
             self._say(name, Ack(body.epoch, body.sequence, "", body.power_limit_w), word.t_s)
             self.answers.add((time.monotonic_ns() - self._free_ns) * 1e-9)
         elif isinstance(body, Welcome):

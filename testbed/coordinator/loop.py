@@ -88,6 +88,8 @@ from testbed.recorder.writer import Recorder
 
 _PHASES = 10
 """Into how many groups renewals of leases are spread."""
+_ANSWER_EVERY = 8
+"""Of so many renewals of a lease one is answered, so that round trips are known; a change always."""
 _SLICE_NODES = 100
 """Nodes that a tick sees to at a time; each may get a lease, which takes some 15 us."""
 _STATES = ("off", "starting", "up", "draining")
@@ -417,8 +419,8 @@ class Coordinator:
         backing = node.tenant_infos[0].backing if node.tenant_infos else ""
         text = f"life {node.incarnation}" + (f"; memory tenants: {backing}" if backing else "")
         self._event(now_s, "info", node.name, "joined", text)
-        fresh = self._limit_w[node.gpus] == 0
-        self._limit_w[node.gpus][fresh] = self._default_w[node.gpus][fresh]
+        limit_w = self._limit_w[node.gpus]
+        np.copyto(limit_w, self._default_w[node.gpus], where=limit_w == 0)
         self._lease(node, now_s)
         # Nodes that joined together renew apart, and go on so whatever policies change in between:
         # a burst would hold up what is urgent.
@@ -797,8 +799,6 @@ class Coordinator:
 
     def _tune(self, kind: TuneKind, which: Ints, values: Ints | Floats, now_s: float) -> None:
         """Tell the nodes of these instances."""
-        if not len(which):
-            return
         of_node = self.layout.instances.node[which]
         for index in np.unique(of_node):
             node = self.layout.nodes[index]
@@ -809,12 +809,14 @@ class Coordinator:
 
     def _tune_again(self, node: Node, now_s: float) -> None:
         """A node that has just begun knows nothing of batches and queues that were changed."""
-        which = np.arange(node.instances.start, node.instances.stop)
-        seqs, own = self.layout.instances.max_num_seqs[which], self._own_seqs[which]
-        changed = (seqs != own) & (seqs > 0)
-        self._tune("batch", which[changed], seqs[changed], now_s)
-        ordered = which[self._by_deadline[which]]
-        self._tune("order", ordered, np.ones(len(ordered)), now_s)
+        mine = node.instances
+        seqs, own = self.layout.instances.max_num_seqs[mine], self._own_seqs[mine]
+        changed = np.flatnonzero((seqs != own) & (seqs > 0))
+        if len(changed):
+            self._tune("batch", mine.start + changed, seqs[changed], now_s)
+        ordered = mine.start + np.flatnonzero(self._by_deadline[mine])
+        if len(ordered):
+            self._tune("order", ordered, np.ones(len(ordered)), now_s)
 
     def _limit_memory(self, policy: int, command: SetMemoryLimit, now_s: float) -> Bools:
         tenants = self.layout.tenants
@@ -887,6 +889,9 @@ class Coordinator:
                 expires_s=now_s + self.spec.control.lease_s,
                 power_limit_w=self._limit_w[node.gpus].tolist(),
                 sm_clock_lock_mhz=self._lock_mhz[node.gpus].tolist(),
+                answer=changes
+                or node.lease_sequence == 1
+                or (node.lease_sequence + node.index) % _ANSWER_EVERY == 0,
             ),
             now_s,
         )

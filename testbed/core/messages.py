@@ -35,7 +35,7 @@ StartHow = Literal["snapshot", "cold"]
 ReturnedWhy = Literal["recalled", "drained", "resharded", "gone", "squashed"]
 TuneKind = Literal["batch", "order", "recall", "squash"]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 16 << 20
 """Longest message a socket accepts. A report of 10,000 GPUs is about 0.9 MB."""
 
@@ -517,6 +517,9 @@ class Lease(Frozen, frozen=True, tag=True):
     power_limit_w: list[float]
     sm_clock_lock_mhz: list[float]
     """Highest SM clock allowed per GPU; 0 leaves it unlocked."""
+    answer: bool = True
+    """Whether an `Ack` is wanted; a refused one has it in any case. Reports name the lease that holds,
+    so that a renewal's arrival is known without."""
 
 
 class TenantLimits(Frozen, frozen=True, tag=True):

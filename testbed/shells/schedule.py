@@ -181,14 +181,17 @@ class Desk:
     def _take_reports(self, moment: tuple[float, float], now_s: float) -> None:
         words = self._reports.pop(moment)
         words.sort(key=_source)  # the order in which they came is the network's affair
-        count = _TOGETHER_MAX
+        some = _TOGETHER_MAX
         if type(words[0].body) is RowReport:
-            count = 1 + count // (1 + len(words[0].body.node))
-        if len(words) > count:
-            self._reports[moment] = words[count:]
-            self._loop.call_at(moment[0], DELIVERY, partial(self._take_reports, moment))
-            del words[count:]
-        self.coordinator.on_reports(words, moment[1], now_s)
+            some = 1 + some // (1 + len(words[0].body.node))
+        due_s, t_s = moment
+        for first in range(some, len(words), some):
+            part = words[first : first + some]
+            self._loop.call_at(due_s, DELIVERY, partial(self._enter_reports, part, t_s))
+        self._enter_reports(words[:some], t_s, now_s)
+
+    def _enter_reports(self, words: list[Envelope], t_s: float, now_s: float) -> None:
+        self.coordinator.on_reports(words, t_s, now_s)
 
     # For checkpoints, as those of `NodeSchedule`.
 
