@@ -68,8 +68,12 @@ _LIFE_MAX_S = 300.0
 _BEHIND_MAX_S = 0.5
 """A generator that is further behind leaves out ticks, and counts them."""
 _NODES_MAX = 100_000
-_SWING_W, _SWING_PERIOD_S = 180.0, 30.0
+_SWING_W = 180.0
 """How a row's load rises and falls about 450 W a GPU; its budget is 600."""
+_SWING_PERIOD_S = (4.0, 30.0)
+_SWING_ROWS = 0.15
+"""Seconds of its period for each row, so that about as many rows change in a second however many
+there are."""
 
 
 class _Job(msgspec.Struct, frozen=True):
@@ -85,6 +89,7 @@ class _Job(msgspec.Struct, frozen=True):
     relays: dict[str, str]
     """Endpoint of the relay for each row; empty without."""
     seed: int
+    swing_period_s: float = 4.0
     realtime: bool = False
     secret: str = ""
     server: str = ""
@@ -448,6 +453,7 @@ def _start_generators(
             merged=merged,
             relays=relay_of,
             seed=number,
+            swing_period_s=float(np.clip(_SWING_ROWS * len(rows), *_SWING_PERIOD_S)),
             realtime=spec.control.realtime,
             secret=str(keys[2] / "generator.key_secret") if keys else "",
             server=str(keys[2] / "generator.key" if relay_of else keys[1]) if keys else "",
@@ -706,7 +712,7 @@ class _Generator:
         has something to do at most of its steps, and never for all of them at once.
         """
         readings = self.readings
-        swing_w = _SWING_W * np.sin(2 * np.pi * (t_s / _SWING_PERIOD_S + self.phase))
+        swing_w = _SWING_W * np.sin(2 * np.pi * (t_s / self.job.swing_period_s + self.phase))
         self.draw_w = np.minimum(self.mean_w + swing_w, self.limit_w)
         draw_w = self.draw_w + self.rng.standard_normal(len(readings)) * 15.0
         readings["power_limit_w"] = readings["power_limit_enforced_w"] = self.limit_w

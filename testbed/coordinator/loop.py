@@ -89,7 +89,7 @@ from testbed.recorder.writer import Recorder
 _PHASES = 10
 """Into how many groups renewals of leases are spread."""
 _ANSWER_EVERY = 8
-"""Of so many renewals of a lease one is answered, so that round trips are known; a change always."""
+"""Of so many renewals of a lease one is answered, to know round trips; changes all are."""
 _SLICE_NODES = 100
 """Nodes that a tick sees to at a time; each may get a lease, which takes some 15 us."""
 _STATES = ("off", "starting", "up", "draining")
