@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import socket
 import struct
 import subprocess
@@ -29,6 +28,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import zmq
 
 from testbed import rig
@@ -124,7 +124,8 @@ def bench_intake(
         out: folder for the recording, kept; else it is removed.
 
     Returns:
-        Counters and shares; rates are per second, ``_cores`` are CPU seconds per second.
+        Counters and shares; rates are per second, ``_cores`` are CPU seconds per second (of relays
+        their start included).
 
     Raises:
         SpecError: the numbers make no sense.
@@ -141,11 +142,10 @@ def bench_intake(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="testbed-bench-")))
         keys = _keys(folder) if curve else None
         endpoint = f"tcp://127.0.0.1:{_free_pair()}"
-        relay_of = _start_relays(spec, relays, endpoint, keys, stack)
+        relay_of, relay_crew = _start_relays(spec, relays, endpoint, keys, stack)
         crew = _start_generators(
             spec, generators, connections, merged, endpoint, relay_of, keys, folder, stack
         )
-        begun_s = _cpu_of_children_s()
         run = rig.run(
             spec,
             out or folder / "runs",
@@ -154,7 +154,7 @@ def bench_intake(
             curve=keys and Curve(keys[0], clients=keys[2]),
         )
         said = [json.loads(process.communicate(timeout=30)[0]) for process in crew]
-        children_s = _cpu_of_children_s() - begun_s
+        relays_s = sum(sum(psutil.Process(relay.pid).cpu_times()[:2]) for relay in relay_crew)
         recording = Recording.open(run)
         manifest = recording.manifest
         wire = manifest["meta"]["wire"]
@@ -186,9 +186,7 @@ def bench_intake(
             "coordinator_cores": wire["cpu_s"] / span_s,
             "coordinator_main_thread_cores": wire["cpu_main_thread_s"] / span_s,
             "generator_cores": sum(generator["cpu_s"] for generator in said) / span_s,
-            "relay_cores": max(0.0, children_s - sum(g["cpu_all_s"] for g in said)) / span_s
-            if relays
-            else 0.0,
+            "relay_cores": relays_s / span_s,
             "loop_late_p99_s": _loop_late_s(recording),
             "load_before": load,
         }
@@ -406,24 +404,24 @@ def _start_relays(
     endpoint: str,
     keys: tuple[Path, Path, Path] | None,
     stack: contextlib.ExitStack,
-) -> dict[str, str]:
-    """Endpoints of relay processes by row."""
+) -> tuple[dict[str, str], list[subprocess.Popen[bytes]]]:
+    """Endpoints of relays by row, and their processes."""
     rows = [f"row{row}" for row in range(spec.cluster.rows)]
-    endpoints = []
+    endpoints, crew = [], []
     for number in range(min(count, len(rows))):
         command = [
             *(sys.executable, "-m", "testbed.cli", "relay", "--coordinator", endpoint),
-            *("--name", f"relay{number}", "--orphan-exit-s", str(_SILENT_EXIT_S)),
+            *("--name", f"relay{number}", "--orphan-exit-s", str(5 * _SILENT_EXIT_S)),
         ]
         if keys:
             secret = keys[2] / "generator.key_secret"
             command += ["--curve-secret", str(secret), "--curve-server", str(keys[1])]
             # Its own public key is the one that its nodes are to trust: all share one here.
             command += ["--curve-clients", str(keys[2])]
-        process = _spawn(command, stack)
+        crew.append(process := _spawn(command, stack))
         assert process.stdout is not None
         endpoints.append(process.stdout.readline().decode().strip())
-    return {row: endpoints[k % len(endpoints)] for k, row in enumerate(rows)} if endpoints else {}
+    return {row: endpoints[k % len(endpoints)] for k, row in enumerate(rows) if crew}, crew
 
 
 def _start_generators(
@@ -477,11 +475,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _cpu_of_children_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _loop_late_s(recording: Recording) -> float:
@@ -681,7 +674,6 @@ class _Generator:
                     "answer_p50_s": self.answers.percentile_s(0.5),
                     "answer_p99_s": self.answers.percentile_s(0.99),
                     "cpu_s": time.process_time() - used_s,
-                    "cpu_all_s": time.process_time(),
                 }
             )
         )
