@@ -134,8 +134,11 @@ def _axis(axes: Axes, name: str, said: dict[str, Any]) -> None:
         axis = getattr(axes, f"{name}axis")
         axis.set_major_formatter(lambda value, place: f"{value:g}")
         low, high = getattr(axes, f"get_{name}lim")()
-        few = high / low < _FEW_DECADES  # else numbers between the powers of ten would overlap
-        axis.set_minor_formatter(lambda value, place: f"{value:g}" if few else "")
+        # Numbers between the powers of ten: where there are few powers, and not all of them.
+        shown = "235" if high / low < _FEW_DECADES else ""
+        axis.set_minor_formatter(
+            lambda value, place: f"{value:g}" if f"{value:.0e}"[0] in shown else ""
+        )
     low, high = getattr(axes, f"get_{name}lim")()
     if said.get("rangemode") == "tozero" and low > 0 and said.get("type") != "log":
         getattr(axes, f"set_{name}lim")(0.0, high)
