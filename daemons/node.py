@@ -113,7 +113,6 @@ class NodeDaemon:
         self._surround = surround
         self._log = log
         self._gaps_s = 0.0
-        self._safe_reported = False
         self._refused = ""
         """Why the last lease was refused; empty if it was not."""
 

@@ -87,7 +87,7 @@ def _compile_first() -> None:
         return
     reason = compiled.why_not()
     if not reason:
-        click.echo("compiling the engine: some ten seconds, once", err=True)
+        click.echo("compiling the engine: half a minute, once", err=True)
         try:
             compiled.build()
         except (RuntimeError, OSError) as error:
@@ -789,7 +789,7 @@ def bench_roundtrip_command(nodes: int, seconds: float, as_json: bool) -> None:
     """From a command's leaving the coordinator to its answer, p50 and p99, under reports."""
     found = bench_intake(nodes, seconds=seconds, generators=1)
     kept = ("nodes", "reports_per_s", "load_before")
-    _print_bench({k: v for k, v in found.items() if k in kept or "round" in k}, as_json)
+    _print_bench({k: v for k, v in found.items() if k in kept or "_trip" in k}, as_json)
 
 
 @bench.command("lateness")

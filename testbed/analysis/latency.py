@@ -67,17 +67,20 @@ class Requests:
 
 def read_requests(recording: Recording) -> Requests:
     """The requests of a recording, all at once."""
-    parts = list(request_parts(recording))
+    parts = [_columns_of(batch) for batch in recording.batches("requests", _COLUMNS)]
     names = [entry.name for entry in fields(Requests)]
-    return Requests(
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    )
+    columns = {}
+    for name in names:  # one after the other, so that little is there twice
+        columns[name] = np.concatenate([part[name] for part in parts])
+        for part in parts:
+            del part[name]
+    return Requests(**columns)
 
 
 def request_parts(recording: Recording) -> Iterator[Requests]:
     """The requests of a recording, a part at a time: there may be tens of millions."""
     for batch in recording.batches("requests", _COLUMNS):
-        yield _requests_of(batch)
+        yield Requests(**_columns_of(batch))
 
 
 _COLUMNS = (
@@ -87,7 +90,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _requests_of(table: dict[str, NDArray[Any]]) -> Requests:
+def _columns_of(table: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     first_s, finished_s = table["first_token_seen_s"], table["finished_seen_s"]
     gaps = table["output_tokens"] - 1
     completed = table["status"] == "completed"
@@ -97,12 +100,11 @@ def _requests_of(table: dict[str, NDArray[Any]]) -> Requests:
         "status", "slo_class", "pool", "instance", "arrival_s", "ttft_limit_s", "tpot_limit_s",
         "prompt_tokens", "image_tokens", "output_tokens", "num_images",
     )  # fmt: skip
-    return Requests(
-        **{name: table[name] for name in kept},
-        ttft_s=first_s - table["arrival_s"],
-        tpot_s=tpot_s,
-        e2e_s=np.where(completed, finished_s - table["arrival_s"], np.nan),
-    )
+    return {name: table[name] for name in kept} | {
+        "ttft_s": first_s - table["arrival_s"],
+        "tpot_s": tpot_s,
+        "e2e_s": np.where(completed, finished_s - table["arrival_s"], np.nan),
+    }
 
 
 def token_times_s(recording: Recording, request_id: int) -> Floats:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 SAFE_SHARE = 0.95
 """Share of a budget that limits may add up to: boards overshoot theirs by a few percent."""
+
+LeaseWhy = Literal["joins", "changes", "renews"]
+"""Why a lease is sent: its node joins, a policy changed a limit, or the one before is renewed."""
 
 _Columns = TypeVar("_Columns", bound="DataclassInstance")
 
@@ -91,8 +94,10 @@ class Node:
     """When it was last sent a lease or a heartbeat."""
     lease_seen_s: float = np.nan
     """When the last lease really left, by the clock that a client would read."""
-    lease_changes: bool = False
-    """It was sent since a policy changed a limit, not to renew the one before."""
+    lease_why: LeaseWhy = "joins"
+    """Why it was sent."""
+    lease_joined: int = 0
+    """The lease with which its present life began."""
     refused: str = ""
     unfit: bool = False
     """It has sent a report that is not laid out like its row of the run file."""

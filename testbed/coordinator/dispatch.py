@@ -124,6 +124,8 @@ class Dispatcher:
 
     def arrive(self, request: Request, now_s: float) -> None:
         """A request arrives at the front door."""
+        if self.stopped:
+            return
         self.arrived_total += 1
         tokens = request.prompt_tokens + request.image_tokens + request.output_tokens
         entry = InFlight(request, tokens)
@@ -171,6 +173,8 @@ class Dispatcher:
             seen_s: when a client would have seen it.
             now_s: now.
         """
+        if self.stopped:
+            return
         back = []
         for request_id, instance, output_tokens, why in given:
             entry = self.in_flight.get(request_id)
@@ -189,6 +193,8 @@ class Dispatcher:
 
     def reroute(self, instances: Collection[int], now_s: float) -> None:
         """Send what these instances had elsewhere."""
+        if self.stopped:
+            return
         orphans = [entry for entry in self.in_flight.values() if entry.instance in instances]
         for entry in orphans:
             self._take_back(entry)
@@ -201,6 +207,8 @@ class Dispatcher:
 
     def release_held(self, now_s: float) -> None:
         """Offer held requests to the router again, oldest first."""
+        if self.stopped:
+            return
         for _ in range(len(self._held)):
             if not self._route(self._held.popleft(), now_s):
                 # Put back at the end: restore its place at the front.
@@ -224,7 +232,7 @@ class Dispatcher:
         self._view.now_s = now_s
         request = entry.request
         found = self._router.route(request, self._view)
-        chosen = -1 if found is None else self._checked(index(found))  # it may be NumPy's
+        chosen = -1 if found is None else self._checked(found)
         if chosen < 0 or not self._up[chosen]:
             if len(self._held) >= self._hold_limit:
                 self._end(entry, "rejected", now_s, now_s, 0)
@@ -246,7 +254,13 @@ class Dispatcher:
             self._submit(chosen, request, self._classes[request.slo_class].ttft_s, now_s)
         return True
 
-    def _checked(self, chosen: int) -> int:
+    def _checked(self, found: Any) -> int:
+        try:
+            chosen = index(found)  # it may be one of NumPy's
+        except TypeError:
+            raise PolicyError(
+                f"router {self._router_name!r}: {found!r} is no instance's index"
+            ) from None
         if not 0 <= chosen < self._num_instances:
             raise PolicyError(
                 f"router {self._router_name!r}: instance {chosen} is none of "

@@ -24,7 +24,7 @@ import numpy as np
 from testbed.coordinator.arbiter import Claims
 from testbed.coordinator.arranging import Arranging
 from testbed.coordinator.building import Answer, Building
-from testbed.coordinator.cluster import Layout, Node
+from testbed.coordinator.cluster import Layout, LeaseWhy, Node
 from testbed.coordinator.dispatch import Dispatcher
 from testbed.core.columns import Columns
 from testbed.core.errors import PolicyError, SpecError, TestbedError
@@ -112,8 +112,8 @@ class Coordinator:
         submit: sends a request to an instance by a shorter way than the hub; see `Dispatcher`.
         surround: tells nodes, by their indices, what the building does to them, likewise.
         monotonic_ns: this machine's clock, for nodes that set theirs by it.
-        breathe: called between pieces of long work; a live loop looks at its sockets then. Nothing
-            that arrives acts before the work is done.
+        breathe: called between pieces of long work; a live loop looks at its sockets then. Of what
+            arrives only answers are heard before the work is done, by which nothing is decided.
     """
 
     WIRED = (
@@ -260,6 +260,7 @@ class Coordinator:
             self._lose(node, now_s, "restarted")
         node.incarnation = incarnation
         node.last_s = now_s
+        node.refused = ""
         node.infos = hello.gpus
         node.tenant_infos = hello.tenants
         gpus = self.layout.gpus
@@ -421,7 +422,7 @@ class Coordinator:
         self._event(now_s, "info", node.name, "joined", text)
         limit_w = self._limit_w[node.gpus]
         np.copyto(limit_w, self._default_w[node.gpus], where=limit_w == 0)
-        self._lease(node, now_s)
+        self._lease(node, now_s, "joins")
         # Nodes that joined together renew apart, and go on so whatever policies change in between:
         # a burst would hold up what is urgent.
         share = node.index % _PHASES / _PHASES
@@ -598,11 +599,6 @@ class Coordinator:
                 f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
             ) from error
 
-    @property
-    def next_control_s(self) -> float:
-        """When the next policy wants to step."""
-        return min(self._next_step_s, default=float("inf"))
-
     def _hear(self, policy: int, command: Command) -> None:
         """Check a command and enter its claims."""
         gpus = self.layout.gpus
@@ -733,7 +729,7 @@ class Coordinator:
                 self._breathe()
             node = self.layout.nodes[index]
             if node.live:
-                self._lease(node, now_s, changes=True)
+                self._lease(node, now_s, "changes")
 
     def _arrange(self, said: list[tuple[int, int, Command]], now_s: float) -> set[int]:
         """Tell nodes whose layout changes; returns which."""
@@ -876,9 +872,11 @@ class Coordinator:
             names,
         )
 
-    def _lease(self, node: Node, now_s: float, *, changes: bool = False) -> None:
+    def _lease(self, node: Node, now_s: float, why: LeaseWhy) -> None:
         node.lease_sequence += 1
-        node.lease_changes = changes
+        node.lease_why = why
+        if why == "joins":
+            node.lease_joined = node.lease_sequence
         node.told_s = now_s
         node.lease_seen_s = self._observed_s(now_s)
         self._hub.send(
@@ -889,9 +887,7 @@ class Coordinator:
                 expires_s=now_s + self.spec.control.lease_s,
                 power_limit_w=self._limit_w[node.gpus].tolist(),
                 sm_clock_lock_mhz=self._lock_mhz[node.gpus].tolist(),
-                answer=changes
-                or node.lease_sequence == 1
-                or (node.lease_sequence + node.index) % _ANSWER_EVERY == 0,
+                answer=why != "renews" or (node.lease_sequence + node.index) % _ANSWER_EVERY == 0,
             ),
             now_s,
         )
@@ -916,7 +912,7 @@ class Coordinator:
                     self._lose(node, now_s, f"silent for {now_s - node.last_s:.1f} s")
                 elif now_s >= node.renew_s - 1e-9:
                     node.renew_s = now_s + control.lease_s / 3
-                    self._lease(node, now_s)
+                    self._lease(node, now_s, "renews")
             if now_s - node.told_s >= self._beat_period_s - 1e-9:
                 node.told_s = now_s
                 self._hub.send(node.name, Heartbeat(), now_s)

@@ -280,7 +280,7 @@ class LiveScheduler(Lane):
     def breathe(self) -> bool:
         """Look at the inputs in the middle of long work, unless that was just done; True if so.
 
-        What comes in is entered and acts later, as ever.
+        What comes in is entered and acts later, as ever, unless its receiver does otherwise.
         """
         if self.wall_s() - self._polled_s <= self._DEAF_S:
             return False

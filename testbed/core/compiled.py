@@ -28,6 +28,7 @@ MODULES = (
     "emulators/farm.py",
     "emulators/timing.py",
     "testbed/coordinator/dispatch.py",
+    "testbed/core/transport/counting.py",
     "testbed/core/transport/intake.py",
     "testbed/shells/request_path.py",
 )
@@ -38,6 +39,7 @@ ONCE_VARIABLE = "SERVING_TESTBED_COMPILED"
 _SHARED = "shared"
 """Folder of the library that the modules share: alone, since it comes to lie on ``sys.path``, where
 a folder called like the package would be taken for it by processes that are spawned."""
+_CORE = "testbed/core/messages.py"
 _ROOT = Path(__file__).parents[2]
 _OPTIONS = "opt_level=3, shared apart"
 
@@ -63,8 +65,10 @@ def cache_folder() -> Path:
 def build_folder(cache: Path | None = None) -> Path:
     """Where the build of the present sources is, or would be."""
     digest = hashlib.sha256(f"{sys.version} {sysconfig.get_platform()} {_OPTIONS}".encode())
-    for name in MODULES:
-        digest.update((_ROOT / name).read_bytes())
+    # Neighbours too: compiled code has the types of what they declare built in.
+    for folder in sorted({(_ROOT / name).parent for name in (*MODULES, _CORE)}):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
     return (cache or cache_folder()) / f"engine-{digest.hexdigest()[:16]}"
 
 
@@ -107,7 +111,7 @@ def why_not() -> str:
 
 
 def build(*, cache: Path | None = None) -> Path:
-    """Compile, if that has not been done for these sources: some ten seconds.
+    """Compile, if that has not been done for these sources: half a minute.
 
     Raises:
         RuntimeError: something to compile with is missing, or the compiler failed.

@@ -3,7 +3,8 @@
 MessagePack, with the types that it lacks marked by a word: tuples, sets, deques, dictionaries with
 any keys, NumPy arrays and generators, `random.Random`, the messages of `testbed.core`, and objects
 of our own classes and of policies in files. An object is its attributes: `thaw` makes an empty one
-of the same class, which must be loaded already, and runs no method of it. What was one object (or
+of the same class, which must be loaded already, and runs no method of it (of a compiled class its
+constructor, without arguments). What was one object (or
 list, or array) in several places is one again.
 
 A class says itself what of it is not its state: the attributes named in ``WIRED`` are handed over
@@ -144,6 +145,8 @@ class _Freezer:
     def __init__(self) -> None:
         # The things themselves as well: of one that is gone another could have the number.
         self._met: dict[int, tuple[int, Any]] = {}
+        self._owned = False
+        """Inside an object that does not declare what it is wired with."""
 
     def marked(self, value: Any) -> Any:
         if isinstance(value, np.generic):
@@ -187,12 +190,16 @@ class _Freezer:
             return ["random", self.marked(value.getstate())]
         if isinstance(value, np.random.Generator):
             return ["generator", self.marked(value.bit_generator.state)]
+        if self._owned and _declares(value):
+            # It would come back as a copy, which nobody fills any more.
+            raise FreezeError(f"a checkpoint cannot hold a {kind.__name__} that is not its own")
         if _name_of(kind) and not isinstance(value, msgspec.Struct) and _has_attributes(value):
             return ["object", _name_of(kind), self._object(value)]
         raise FreezeError(f"a checkpoint cannot hold a {kind.__name__}: {str(value)[:60]}")
 
     def _object(self, thing: Any) -> list[list[Any]]:
         pairs: list[list[Any]] = []
+        before, self._owned = self._owned, not _declares(thing)
         for name, value in attributes(thing).items():
             try:
                 pairs.append([name, self.marked(value)])
@@ -202,6 +209,7 @@ class _Freezer:
                 where = type(thing).__name__
                 help_ = f"; if it is made anew, name it in {where}.WIRED" * _declares(thing)
                 raise _NamedError(f"{where}.{name}: {error}{help_}") from None
+        self._owned = before
         return pairs
 
 

@@ -518,8 +518,8 @@ class Lease(Frozen, frozen=True, tag=True):
     sm_clock_lock_mhz: list[float]
     """Highest SM clock allowed per GPU; 0 leaves it unlocked."""
     answer: bool = True
-    """Whether an `Ack` is wanted; a refused one has it in any case. Reports name the lease that
-    holds, so that a renewal's arrival is known without."""
+    """Whether an `Ack` is wanted; a refused one has it in any case. Most renewals do without: where
+    they are lost, reports show the safe caps that follow."""
 
 
 class TenantLimits(Frozen, frozen=True, tag=True):

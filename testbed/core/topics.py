@@ -70,5 +70,5 @@ TOPICS: dict[type[Body], Topic] = {
     Arrange: Topic("control", "coordinator", "on change", "commands, layout"),
     Tune: Topic("control", "coordinator", "on change", "commands"),
     Surroundings: Topic("control", "coordinator", "every plant.period_s", "facility"),
-    Ack: Topic("control", "node", "answers Lease", "events"),
+    Ack: Topic("control", "node", "answers Lease, where asked or refused", "events"),
 }

@@ -4,8 +4,9 @@ A message costs some twenty microseconds in objects, envelopes and callbacks, an
 four. Where nothing can delay or lose them at random, the same things happen here at the same
 times and in the same order with none of it: a request that is routed at ``t_s`` reaches its engine
 at ``t_s + delay_s``, and what becomes of it reaches the coordinator ``delay_s`` after it happened.
-A run writes the same bytes either way (tests/rig/test_lean.py). What is said seldom (who joins,
-leases, limits) still travels as messages.
+A run writes the same bytes either way (tests/rig/test_lean.py). Requests are in
+`testbed.shells.request_path`, reports here; what is said seldom (who joins, leases, limits) still
+travels as messages.
 """
 
 from __future__ import annotations

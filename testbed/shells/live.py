@@ -42,6 +42,7 @@ _WELCOME_S = 4e-4
 """And for each node to be welcomed: 8,000 take about a second on half a core."""
 
 _SETTLING_S = 1.0
+"""After the last node joined, before round trips count."""
 
 
 def run_live(
@@ -172,7 +173,8 @@ class _Wire:
         self._trips, self._changes = Lateness(math.inf), Lateness(math.inf)
         self._cpu_s = (0.0, 0.0)
         self._joined_s = math.inf
-        """When a node last answered its first lease; infinite before the run and after it."""
+        """When a node last answered the lease that it joined with."""
+        self._over = False
 
     def begin(self) -> None:
         self._cpu_s = (time.process_time(), time.thread_time())
@@ -180,7 +182,7 @@ class _Wire:
     def end(self) -> None:
         process_s, thread_s = self._cpu_s
         self._cpu_s = (time.process_time() - process_s, time.thread_time() - thread_s)
-        self._joined_s = math.inf
+        self._over = True
 
     def answered(self, coordinator: Coordinator, source: str, ack: Ack) -> None:
         """A node has answered a lease: how long was that after it left?
@@ -188,14 +190,16 @@ class _Wire:
         Leases of the second in which nodes join do not count: the first ones leave all at once.
         """
         node = coordinator.layout.by_name.get(source)
-        if node is None or ack.sequence != node.lease_sequence:
+        if node is None or self._over:
             return
-        if ack.sequence == 1:
+        if ack.sequence == node.lease_joined:
             self._joined_s = self._loop.wall_s()
-        elif node.lease_seen_s > self._joined_s + _SETTLING_S:
+        elif (
+            ack.sequence == node.lease_sequence and node.lease_seen_s > self._joined_s + _SETTLING_S
+        ):
             trip_s = self._loop.wall_s() - node.lease_seen_s
             self._trips.add(trip_s)
-            if node.lease_changes:
+            if node.lease_why == "changes":
                 self._changes.add(trip_s)
 
     def facts(self, hub: ZmqHub) -> dict[str, float]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from testbed.core.messages import Body, Envelope
-from testbed.core.transport.intake import StreamStats
+from testbed.core.transport.counting import StreamStats
 
 COORDINATOR = "coordinator"
 """Name of the hub, in the envelopes that it sends."""

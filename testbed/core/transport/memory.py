@@ -25,7 +25,7 @@ from testbed.core.errors import TransportError
 from testbed.core.messages import Body, Envelope, decode, encode
 from testbed.core.topics import TOPICS, Stream
 from testbed.core.transport.base import COORDINATOR, Deliver
-from testbed.core.transport.intake import PeerCounter, StreamStats
+from testbed.core.transport.counting import PeerCounter, StreamStats
 
 
 class _Link:

@@ -34,7 +34,7 @@ import ipaddress
 import os
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ from testbed.core.messages import (
 )
 from testbed.core.topics import TOPICS, Stream
 from testbed.core.transport.base import COORDINATOR, Deliver
-from testbed.core.transport.intake import NOBLOCK, PeerCounter, ReportIntake, StreamStats
+from testbed.core.transport.counting import PeerCounter, StreamStats
+from testbed.core.transport.intake import NOBLOCK, ReportIntake
 
 _CONTROL_HWM_MESSAGES = 10_000
 """Per peer and direction: many seconds of a busy node, then drops are counted."""
@@ -388,28 +389,34 @@ class ZmqHub:
             except zmq.Again:
                 return taken
             if len(frames) == 2:
-                self._take(frames, key, "control", now_s)
+                self._take_control(frames[1], frames[0], key, now_s)
             else:
                 self._io.bad_total += 1
         return limit
-
-    def _take_telemetry(self, data: bytes, key: str, now_s: float) -> None:
-        self._take((data,), key, "telemetry", now_s)
 
     def _deliver_each(self, words: list[Envelope], due_s: float) -> None:
         for envelope in words:
             self._deliver(envelope, due_s)
 
-    def _take(self, frames: Sequence[bytes], key: str, stream: Stream, now_s: float) -> None:
-        envelope = self._io.read(frames[-1])
+    def _take_control(self, data: bytes, identity: bytes, key: str, now_s: float) -> None:
+        envelope = self._io.read(data)
         if envelope is None:
             return
-        name, body = envelope.source, envelope.body
-        if TOPICS[type(body)].stream != stream or (
-            stream == "control" and name.encode() != frames[0]
-        ):
+        stream = TOPICS[type(envelope.body)].stream
+        if stream != "control" or envelope.source.encode() != identity:
             self._io.bad_total += 1
-            return
+        else:
+            self._take(envelope, key, stream, now_s)
+
+    def _take_telemetry(self, envelope: Envelope, key: str, now_s: float) -> None:
+        stream = TOPICS[type(envelope.body)].stream
+        if stream != "telemetry":
+            self._io.bad_total += 1
+        else:
+            self._take(envelope, key, stream, now_s)
+
+    def _take(self, envelope: Envelope, key: str, stream: Stream, now_s: float) -> None:
+        name, body = envelope.source, envelope.body
         counter = self._counters.get(name) or self._meet(name, key)
         if counter.key != key:
             self._io.bad_total += 1
@@ -529,8 +536,6 @@ class ZmqSpoke(NodeEnd):
         deliver: gets what arrives.
         delay_s: from sent to due.
         now_s: the run's clock, to count what came after it was due.
-        deliver_reports: gets nodes' reports of one moment together, which costs less; by default
-            ``deliver`` gets each.
         curve: keys; without them only loopback addresses are connected to.
         hwm_messages: bound of each queue; by default ample.
 
