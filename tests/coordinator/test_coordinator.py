@@ -10,7 +10,7 @@ import pytest
 from testbed.coordinator.arbiter import Claims
 from testbed.coordinator.cluster import Layout
 from testbed.coordinator.loop import Coordinator
-from testbed.core.errors import SpecError
+from testbed.core.errors import PolicyError, SpecError
 from testbed.core.messages import (
     PROTOCOL_VERSION,
     Envelope,
@@ -181,6 +181,55 @@ def test_leases_of_many_nodes_are_renewed_apart(tmp_path):
     assert max(sent) <= len(names) // 4
 
 
+def test_a_cap_in_between_does_not_move_the_next_renewal(world):
+    """Else nodes that were capped together would renew together from then on."""
+    join(world)
+    renewed = {node.name: [] for node in world.layout.nodes}
+    for step in range(1, 61):
+        now_s = round(step * 0.1, 6)
+        for name in renewed:
+            report(world, name, now_s)
+        world.fake.sent.clear()
+        world.tick(now_s)
+        for name, times_s in renewed.items():
+            times_s += [now_s] * len(world.fake.of(Lease, name))
+        if step % 10 == 0:
+            world.says[0].next = [SetPowerLimit(np.arange(4), 500.0 + step)]
+            world.control(now_s)
+    first, second = renewed.values()
+    assert np.diff(first) == pytest.approx(1.0)
+    assert np.diff(second) == pytest.approx(1.0)
+    assert first[0] != second[0]
+
+
+def test_changes_are_answered_and_of_renewals_one_in_eight(world):
+    join(world)
+    assert [lease.answer for lease in world.fake.of(Lease)] == [True, True]
+    world.says[0].next = [SetPowerLimit(np.arange(2), 500.0)]
+    world.control(0.5)
+    assert world.fake.of(Lease, NODES[0])[-1].answer
+    world.fake.sent.clear()
+    for step in range(1, 161):
+        now_s = 0.5 + step * 0.1
+        report(world, NODES[0], now_s)
+        world.tick(now_s)
+    answers = [lease.answer for lease in world.fake.of(Lease, NODES[0])]
+    assert (len(answers), sum(answers)) == (16, 2)
+    join(world, NODES[0], life=2, now_s=17.0)
+    assert world.fake.of(Lease, NODES[0])[-1].answer, "a new life begins with an answer"
+
+
+def test_a_refusal_is_forgotten_once_the_node_is_welcome(world, tmp_path):
+    for life in (1, 2, 3, 4):
+        if life % 2:
+            hello(world, NODES[0], life, gpus=3)
+        else:
+            join(world, NODES[0], life=life)
+    world._records.close()
+    events = Recording.open(tmp_path / "run").table("events").to_pylist()
+    assert [event["kind"] for event in events].count("refused") == 2
+
+
 def test_a_budget_below_what_devices_can_be_set_to_is_impossible():
     small = parse_spec(SPEC.replace("row_budget_w = 2000", "row_budget_w = 700"))
     with pytest.raises(SpecError, match="cannot be set below 200 W"):
@@ -226,6 +275,55 @@ def test_a_request_that_keeps_losing_its_node_is_given_up(world):
         join(world, NODES[0], life=life, now_s=float(life))
     assert len(world.fake.of(Submit)) == world.spec.control.max_attempts == 3
     assert not world.dispatcher.in_flight
+
+
+def test_nothing_happens_to_a_request_after_the_end(world, tmp_path):
+    join(world)
+    for number in (1, 2):
+        world.on_arrival(Request(number, 0.5, 10, 10), 0.5)
+    world.stop(1.0, "the run is over")
+    world.fake.sent.clear()
+    report(world, NODES[0], 1.0, lost=True)
+    join(world, NODES[1], life=2, now_s=1.1)
+    assert not world.fake.of(Submit)
+    world._records.close()
+    table = Recording.open(tmp_path / "run").table("requests").to_pylist()
+    assert [(row["request_id"], row["status"]) for row in table] == [
+        (1, "in_flight"), (2, "in_flight"),
+    ]  # fmt: skip
+
+
+class Answers:
+    """A router that gives one answer."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def route(self, request, view):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (np.int64(2), ""),
+        (4, "instance 4 is none of 0..3"),
+        (-1, "instance -1 is none of"),
+        (1.5, r"1\.5 is no instance's index"),
+        ("2", "'2' is no instance's index"),
+    ],
+)
+def test_a_router_answers_with_an_index(tmp_path, answer, message):
+    spec, hub = parse_spec(SPEC), FakeHub()
+    with Recorder(tmp_path / "run", spec=spec) as records:
+        made = Coordinator(spec, hub, records, [Says(), Says()], Answers(answer), run_id="r")
+        join(made)
+        if message:
+            with pytest.raises(PolicyError, match=message):
+                made.on_arrival(Request(1, 0.5, 10, 10), 0.5)
+        else:
+            made.on_arrival(Request(1, 0.5, 10, 10), 0.5)
+            assert hub.of(Submit, NODES[1])[0].instance == 0
 
 
 def test_finished_requests_are_taken_off_the_account(world):

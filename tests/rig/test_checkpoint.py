@@ -354,6 +354,21 @@ def test_a_state_of_another_version_is_refused(stage):
         thaw(kept)
 
 
+class Keeps:
+    """A policy that keeps a part of the view: a copy of it would go stale."""
+
+    def __init__(self, part):
+        self.parts = [part]
+
+
+Keeps.__module__ = "_policy_keeps"
+
+
+def test_what_others_fill_is_not_kept_with_a_policy(stage):
+    with pytest.raises(FreezeError, match=r"Keeps\.parts: .*cannot hold a GpuColumns that is not"):
+        freeze(Keeps(stage.desk.coordinator.view.gpus))
+
+
 def test_what_was_one_thing_is_one_again():
     shared = deque([1, 2], maxlen=3)
     request = Request(1, 0.5, 10, 20)
