@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
 
-.PHONY: help run test check bench fidelity experiment experiments clean
+.PHONY: help run test lint check bench fidelity experiment experiments clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -23,12 +23,15 @@ run: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/pytest
 
-## make check               format, lint, types, import contracts, quick tests
-check: $(VENV)/.ready
+## make lint                format, lint, types, import contracts
+lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+## make check               the same and quick tests
+check: lint
 	$(BIN)/pytest -m 'not live and not real_memory'
 
 ## make bench               speed: sizes, NVIDIA Dynamo's replay beside ours, a live coordinator's intake
