@@ -3,9 +3,9 @@
 The coordinator is the real one, in this process, started as `testbed run` starts it: sockets, the
 packed wire, views, a policy, leases, recording. Its nodes are emulated by a few generator
 processes, which say and answer what a node daemon would at the same moments, and measure nothing:
-GPUs that report a bank every period, leases that are
-acknowledged where that is asked for. They keep within this machine
-(127.0.0.1) and leave when the coordinator does, or when it has been silent.
+GPUs that report a bank every period, leases that are acknowledged where that is asked for. They
+keep within this machine (127.0.0.1) and leave when the coordinator does, or when it has been
+silent.
 
 By default each node has a telemetry connection of its own, as real nodes have; control goes by one
 connection per generator (in `Forwarded`, as through a relay), since a process that polls thousands

@@ -4,8 +4,8 @@ MessagePack, with the types that it lacks marked by a word: tuples, sets, deques
 any keys, NumPy arrays and generators, `random.Random`, the messages of `testbed.core`, and objects
 of our own classes and of policies in files. An object is its attributes: `thaw` makes an empty one
 of the same class, which must be loaded already, and runs no method of it (of a compiled class its
-constructor, without arguments). What was one object (or
-list, or array) in several places is one again.
+constructor, without arguments). What was one object (or list, or array) in several places is one
+again.
 
 A class says itself what of it is not its state: the attributes named in ``WIRED`` are handed over
 by whoever builds the object, or made of the run file. Everything else is kept, and what cannot be

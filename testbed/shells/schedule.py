@@ -187,11 +187,8 @@ class Desk:
         due_s, t_s = moment
         for first in range(some, len(words), some):
             part = words[first : first + some]
-            self._loop.call_at(due_s, DELIVERY, partial(self._enter_reports, part, t_s))
-        self._enter_reports(words[:some], t_s, now_s)
-
-    def _enter_reports(self, words: list[Envelope], t_s: float, now_s: float) -> None:
-        self.coordinator.on_reports(words, t_s, now_s)
+            self._loop.call_at(due_s, DELIVERY, partial(self.coordinator.on_reports, part, t_s))
+        self.coordinator.on_reports(words[:some], t_s, now_s)
 
     # For checkpoints, as those of `NodeSchedule`.
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import zmq
 
-from testbed.core.errors import TransportError
-from testbed.core.messages import Envelope, Report, decode
+from testbed.core.messages import Envelope, Report
 from testbed.core.transport.counting import PeerCounter
 
 NOBLOCK = int(zmq.NOBLOCK)
@@ -27,6 +26,7 @@ class ReportIntake:
 
     Args:
         recv: gives the next frame, as bytes or, with keys, as a `zmq.Frame`.
+        read: makes a message of a frame, or counts it as none of ours.
         counters: by peer.
         delay_s: from sent to due.
         deliver: gets reports of one moment together, and when they are due.
@@ -37,6 +37,7 @@ class ReportIntake:
     def __init__(
         self,
         recv: Callable[..., Any],
+        read: Callable[[bytes], Envelope | None],
         counters: dict[str, PeerCounter],
         delay_s: float,
         deliver: Callable[[list[Envelope], float], object],
@@ -44,8 +45,8 @@ class ReportIntake:
         *,
         keyed: bool,
     ) -> None:
-        self.bad_total = 0
         self._recv = recv
+        self._read = read
         self._counters = counters
         self._delay_s = delay_s
         self._deliver = deliver
@@ -69,10 +70,8 @@ class ReportIntake:
             except zmq.Again:
                 break
             taken += 1
-            try:
-                envelope = decode(data)
-            except (TransportError, ValueError):  # ValueError: text that is not UTF-8
-                self.bad_total += 1
+            envelope = self._read(data)
+            if envelope is None:
                 continue
             counter = counters.get(envelope.source)
             if type(envelope.body) is not Report or counter is None or counter.key != key:

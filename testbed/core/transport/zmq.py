@@ -303,6 +303,7 @@ class ZmqHub:
         self.endpoint = _join(host, port)
         self._reports = ReportIntake(
             self._telemetry.recv,
+            self._io.read,
             self._counters,
             delay_s,
             deliver_reports or self._deliver_each,
@@ -347,7 +348,7 @@ class ZmqHub:
     @property
     def bad_total(self) -> int:
         """Frames that were no message of ours, or not from whom they said."""
-        return self._io.bad_total + self._reports.bad_total
+        return self._io.bad_total
 
     def send(self, to: str, body: Body, t_s: float) -> bool:
         """Queue a message to a node; False if it is not connected or its queue is full."""
@@ -402,21 +403,19 @@ class ZmqHub:
         envelope = self._io.read(data)
         if envelope is None:
             return
-        stream = TOPICS[type(envelope.body)].stream
-        if stream != "control" or envelope.source.encode() != identity:
+        if envelope.source.encode() != identity:
             self._io.bad_total += 1
         else:
-            self._take(envelope, key, stream, now_s)
+            self._take(envelope, key, "control", now_s)
 
     def _take_telemetry(self, envelope: Envelope, key: str, now_s: float) -> None:
-        stream = TOPICS[type(envelope.body)].stream
-        if stream != "telemetry":
-            self._io.bad_total += 1
-        else:
-            self._take(envelope, key, stream, now_s)
+        self._take(envelope, key, "telemetry", now_s)
 
     def _take(self, envelope: Envelope, key: str, stream: Stream, now_s: float) -> None:
         name, body = envelope.source, envelope.body
+        if TOPICS[type(body)].stream != stream:
+            self._io.bad_total += 1
+            return
         counter = self._counters.get(name) or self._meet(name, key)
         if counter.key != key:
             self._io.bad_total += 1
